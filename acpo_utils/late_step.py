@@ -1,0 +1,150 @@
+"""Late-step samples of ACPO (section 3.3.1, eq. 5): from a latent z_t with t < tmax to an image in [0, 1], with gradient."""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+
+
+def sample_late_timesteps(
+    batch_size: int, tmax: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """(B,) integers, uniform in 0 <= t < tmax: the late window of the paper. Drawn on the generator's device."""
+    drawn_on = generator.device if generator is not None else device
+    return torch.randint(tmax, (batch_size,), generator=generator, device=drawn_on).to(device)
+
+
+def _alphas_cumprod(noise_scheduler, timesteps: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """(B, 1, ...) abar_t in fp32 on the sample's device; a timestep below 0 stands for the clean end, abar = 1."""
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(device=sample.device, dtype=torch.float32)
+    alphas = torch.where(timesteps < 0, 1.0, alphas_cumprod[timesteps.clamp(min=0)])
+    return alphas.view(-1, *[1] * (sample.ndim - 1))
+
+
+def predict_original_sample(
+    noise_scheduler, model_pred: torch.Tensor, timesteps: torch.Tensor, noisy_latents: torch.Tensor
+) -> torch.Tensor:
+    """The one-step estimate of x0 from z_t and the model's prediction, for any prediction type.
+
+    epsilon: (z_t - sqrt(1 - abar) eps) / sqrt(abar); velocity: sqrt(abar) z_t - sqrt(1 - abar) v; sample: as it is
+    (Ho et al. 2020, eq. 15; Salimans and Ho 2022, appendix D). The scheduler's clipping is not applied: it would cut
+    the gradient.
+
+    Args:
+        model_pred, noisy_latents: (B, ...). timesteps: (B,) integers on the same device.
+    Returns:
+        (B, ...) in fp32.
+    Raises:
+        ValueError: for an unknown prediction type.
+    """
+    abar = _alphas_cumprod(noise_scheduler, timesteps, noisy_latents)
+    model_pred, noisy_latents = model_pred.float(), noisy_latents.float()
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return (noisy_latents - (1 - abar).sqrt() * model_pred) / abar.sqrt()
+    if prediction_type == "v_prediction":
+        return abar.sqrt() * noisy_latents - (1 - abar).sqrt() * model_pred
+    if prediction_type == "sample":
+        return model_pred
+    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, the scheduler has {prediction_type!r}")
+
+
+def denoise_late_steps(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    noise_scheduler,
+    model_pred: torch.Tensor,
+    timesteps: torch.Tensor,
+    noisy_latents: torch.Tensor,
+    num_steps: int = 1,
+    backprop_steps: int | None = None,
+) -> torch.Tensor:
+    """z_0_hat of eq. 5: K deterministic DDIM steps from z_t down to 0, with gradient.
+
+    K = 1 is `predict_original_sample`. For K > 1 each sample walks its own even grid t, t (K-1)/K, ..., t/K, 0 (Song et
+    al. 2021a, eq. 12 with sigma = 0). The first prediction is given: the anchor has needed it already.
+
+    Args:
+        predict: (latents (B, ...), timesteps (B,)) -> prediction (B, ...), the model with its LoRA.
+        model_pred: (B, ...) its prediction at `noisy_latents`, `timesteps`.
+        backprop_steps: how many of the last predictions keep their gradient (None: all K).
+    Returns:
+        (B, ...) in fp32.
+    Raises:
+        ValueError: if num_steps < 1 or backprop_steps is outside 1..num_steps.
+    """
+    backprop_steps = num_steps if backprop_steps is None else backprop_steps
+    if num_steps < 1 or not 1 <= backprop_steps <= num_steps:
+        raise ValueError(f"expected 1 <= backprop_steps <= num_steps, got {backprop_steps} and {num_steps}")
+    latents = noisy_latents
+    for k in range(num_steps):
+        here = timesteps * (num_steps - k) // num_steps
+        with_gradient = k >= num_steps - backprop_steps
+        if k > 0:
+            with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
+                model_pred = predict(latents.to(noisy_latents.dtype), here)
+        elif not with_gradient:
+            model_pred = model_pred.detach()
+        x0 = predict_original_sample(noise_scheduler, model_pred, here, latents)
+        if k == num_steps - 1:
+            return x0
+        there = timesteps * (num_steps - k - 1) // num_steps
+        abar_here = _alphas_cumprod(noise_scheduler, here, latents)
+        abar_there = _alphas_cumprod(noise_scheduler, there, latents)
+        noise_pred = (latents.float() - abar_here.sqrt() * x0) / (1 - abar_here).sqrt()
+        latents = abar_there.sqrt() * x0 + (1 - abar_there).sqrt() * noise_pred
+
+
+def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
+    """x_hat = D(z_0_hat) (eq. 5): decode with gradient, in fp32, to the range that evaluators expect.
+
+    The same arithmetic as `VaeImageProcessor.postprocess`, without leaving the graph. `vae` must hold fp32 weights (a
+    fp16 decode overflows); `vae.enable_gradient_checkpointing()` trades its activations for a second forward pass.
+
+    Args:
+        vae: AutoencoderKL or AutoencoderTiny. latents: (B, 4, h, w), scaled as the U-Net sees them.
+    Returns:
+        (B, 3, H, W) fp32 in [0, 1].
+    """
+    latents = latents.float() / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    with torch.autocast(latents.device.type, enabled=False):
+        images = vae.decode(latents, return_dict=False)[0]
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def rollout_late_latents(
+    unet,
+    noise_scheduler,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor,
+    latents_shape: tuple[int, ...],
+    tmax: int,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On-policy start of the late window: sample from noise with the current LoRA until t < tmax, without gradient.
+
+    DDIM with classifier-free guidance. Returns (B, 4, h, w) latents and (B,) their timestep, the first of the sampling
+    schedule that lies below tmax.
+
+    Raises:
+        ValueError: if the sampling schedule has no timestep below tmax.
+    """
+    scheduler = DDIMScheduler.from_config(noise_scheduler.config)
+    scheduler.set_timesteps(num_inference_steps, device=prompt_embeds.device)
+    if scheduler.timesteps[-1] >= tmax:
+        raise ValueError(
+            f"{num_inference_steps} sampling steps end at t = {int(scheduler.timesteps[-1])}, none below tmax {tmax}: "
+            "take more sampling steps or a larger tmax"
+        )
+    latents = randn_tensor(latents_shape, generator=generator, device=prompt_embeds.device, dtype=prompt_embeds.dtype)
+    latents = latents * scheduler.init_noise_sigma
+    both_embeds = torch.cat([negative_prompt_embeds.expand_as(prompt_embeds), prompt_embeds])
+    for timestep in scheduler.timesteps:
+        if timestep < tmax:
+            return latents, timestep.repeat(len(latents))
+        negative, positive = unet(latents.repeat(2, 1, 1, 1), timestep, both_embeds, return_dict=False)[0].chunk(2)
+        noise_pred = negative + guidance_scale * (positive - negative)
+        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0].to(latents.dtype)

@@ -1,0 +1,303 @@
+"""Train the demo's small CLIP from scratch on the demo's train split: the image-text model behind the IPCE guide.
+
+    python examples/demo/train_clip.py --output_dir clip-demo
+
+The result is a folder for plain open_clip: `open_clip.create_model("local-dir:clip-demo")` and
+`open_clip.get_tokenizer("local-dir:clip-demo")`; a small byte-level BPE, learned from the train captions, lies in it.
+
+Loss: CLIP's symmetric contrastive loss. Two things differ, because captions here are content x style x background:
+every image brings its caption with exactly one attribute changed as extra negatives, and a caption that happens to be
+true of another image in the batch is left out of that image's denominator.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from datasets import load_dataset
+from diffusers.optimization import get_scheduler
+from open_clip.model import CLIP
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+
+def training_step(model: CLIP, images: torch.Tensor, tokens: torch.Tensor, true_of: torch.Tensor) -> torch.Tensor:
+    """`tokens` (B + N, context): the B images' own captions first, then N negatives; `true_of` (B, B + N) bool."""
+    image_features = model.encode_image(images, normalize=True).float()  # (B, D)
+    text_features = model.encode_text(tokens, normalize=True).float()  # (B + N, D)
+    logits = model.logit_scale.exp() * image_features @ text_features.T  # (B, B + N)
+    batch_size = len(images)
+    own = torch.eye(batch_size, logits.shape[1], dtype=torch.bool)
+    logits = logits.masked_fill(true_of & ~own, -torch.inf)
+    labels = torch.arange(batch_size)
+    return 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits[:, :batch_size].T, labels))
+
+
+DATA = Path(__file__).parent / "data"
+ATTRIBUTES = ("content", "style", "background")
+# Captions need not name everything: an attribute that a caption leaves out is neither right nor wrong.
+TEMPLATES = {
+    "{a_content}, {style} style, on {a_background} background": 6,
+    "{a_content} in {style} style on {a_background} background": 3,
+    "{style} style {content}, {background} background": 2,
+    "{a_content} on {a_background} background": 2,
+    "{a_content}, {style} style": 2,
+    "{a_content}": 2,
+    "{style} style, {background} background": 1,
+    "{a_background} background": 1,
+    "{style} style": 1,
+}
+MODEL_CONFIG = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64},
+    "text_cfg": {
+        "context_length": 32,
+        "vocab_size": 1024,
+        "width": 96,
+        "heads": 3,
+        "layers": 3,
+        "hf_tokenizer_name": "bpe",  # any name: open_clip then reads the tokenizer files beside its config
+        "tokenizer_kwargs": {"clean": "whitespace"},
+    },
+}
+PREPROCESS_CONFIG = {
+    "size": [64, 64],
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
+
+
+def with_article(noun: str) -> str:
+    if noun.endswith("s") and not noun.endswith(("ss", "us", "is")):
+        return noun
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def caption(row: dict[str, str], template: str) -> str:
+    return template.format(
+        **row, a_content=with_article(row["content"]), a_background=with_article(row["background"])
+    )
+
+
+def named_attributes(template: str) -> list[bool]:
+    return [f"{attribute}}}" in template for attribute in ATTRIBUTES]
+
+
+def build_tokenizer(captions: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: no text is out of vocabulary. The end token has the highest id, where CLIP pools (argmax)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - 2,
+            special_tokens=["<|pad|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    ids = {token: tokenizer.token_to_id(token) for token in ("<|startoftext|>", "<|endoftext|>")}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=list(ids.items())
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|startoftext|>", eos_token="<|endoftext|>"
+    )
+
+
+def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Small shifts, scales, rotations and flips, faint blur, noise and exposure: nothing that changes a caption.
+
+    The border of every image is plain background, so that repeating it outwards continues the background.
+    """
+    batch_size = len(images)
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.rand(batch_size, generator=generator) * (high - low) + low
+
+    angle, scale, flip = uniform(-0.15, 0.15), uniform(0.87, 1.18), uniform(-1, 1).sign()
+    rotation = torch.stack([torch.cos(angle) * flip, -torch.sin(angle), torch.sin(angle) * flip, torch.cos(angle)], 1)
+    shift = torch.stack([uniform(-0.12, 0.12), uniform(-0.12, 0.12)], 1)
+    theta = torch.cat([rotation.view(-1, 2, 2) * scale.view(-1, 1, 1), shift.unsqueeze(2)], 2)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    blurred = uniform(0, 1) < 0.25
+    if blurred.any():
+        images[blurred] = gaussian_blur(images[blurred], [5, 5], [random.uniform(0.3, 0.9)])
+    noise = torch.randn(images.shape, generator=generator) * uniform(-0.04, 0.04).clamp(min=0).view(-1, 1, 1, 1)
+    return (images * uniform(0.95, 1.05).view(-1, 1, 1, 1) + noise).clamp(-1, 1)
+
+
+def with_one_change(row: dict[str, str], attribute: str, values: dict[str, list[str]], rng: random.Random) -> dict:
+    other = rng.choice(values[attribute])
+    while other == row[attribute]:
+        other = rng.choice(values[attribute])
+    return row | {attribute: other}
+
+
+def build_batch(rows: list[dict], values: dict[str, list[str]], rng: random.Random) -> tuple[list[str], torch.Tensor]:
+    """Captions (own ones first, then the negatives) and which of them is true of which row, (B, B + N) bool."""
+    templates = rng.choices(list(TEMPLATES), weights=TEMPLATES.values(), k=len(rows))
+    negatives, negative_templates = [], []
+    for row, template in zip(rows, templates):
+        # Other images of the batch already bring other contents, so that style and colour get most of the negatives.
+        for attribute in rng.sample(("style", "background", "content"), counts=(3, 3, 2), k=2):
+            if f"{attribute}}}" in template:
+                negatives.append(with_one_change(row, attribute, values, rng))
+                negative_templates.append(template)
+    told, told_templates = rows + negatives, templates + negative_templates
+    codes = {attribute: {value: i for i, value in enumerate(values[attribute])} for attribute in ATTRIBUTES}
+
+    def encode(some_rows: list[dict]) -> torch.Tensor:
+        return torch.tensor([[codes[attribute][row[attribute]] for attribute in ATTRIBUTES] for row in some_rows])
+
+    named = torch.tensor([named_attributes(template) for template in told_templates])  # (B + N, 3)
+    true_of = ((encode(rows).unsqueeze(1) == encode(told).unsqueeze(0)) | ~named).all(-1)  # (B, B + N)
+    return [caption(row, template) for row, template in zip(told, told_templates)], true_of
+
+
+@torch.no_grad()
+def evaluate(model: CLIP, tokenizer: PreTrainedTokenizerFast, split: dict, wrong_per_image: int = 8) -> dict[str, float]:
+    """R@1 image -> caption within the split, and how often the true caption beats one with a wrong attribute."""
+    model.eval()
+    rng = random.Random(0)
+    full = next(iter(TEMPLATES))
+    rows, values = split["rows"], split["values"]
+
+    def encode_text(captions: list[str]) -> torch.Tensor:
+        return torch.cat([model.encode_text(tokenize(tokenizer, part), normalize=True) for part in batched(captions)])
+
+    images = torch.cat([model.encode_image(to_float(part), normalize=True) for part in split["images"].split(128)])
+    own = encode_text([caption(row, full) for row in rows])  # (N, D)
+    matched = (images * own).sum(-1, keepdim=True)  # (N, 1)
+    metrics = {"R@1": ((images @ own.T).argmax(1) == torch.arange(len(rows))).float().mean().item()}
+    for attribute in ATTRIBUTES:
+        wrong = [
+            caption(with_one_change(row, attribute, values, rng), full) for row in rows for _ in range(wrong_per_image)
+        ]
+        wrong = encode_text(wrong).view(len(rows), wrong_per_image, -1)
+        metrics[f"pairs_{attribute}_wrong"] = (matched > torch.einsum("nd,nkd->nk", images, wrong)).float().mean().item()
+    others = (images @ own.T).masked_fill(torch.eye(len(rows), dtype=torch.bool), -torch.inf)
+    metrics["pairs_random_other"] = ((matched > others).float().sum() - len(rows)).item() / (len(rows) * (len(rows) - 1))
+    model.train()
+    return metrics
+
+
+def batched(items: list, size: int = 256) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
+    context_length = MODEL_CONFIG["text_cfg"]["context_length"]
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt"
+    ).input_ids
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    return images.float().div(127.5).sub(1)
+
+
+def save(model: CLIP, tokenizer: PreTrainedTokenizerFast, metrics: dict, folder: Path) -> None:
+    """The folder can be read at any time: each file is complete before it takes its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer.json").exists():
+        tokenizer.save_pretrained(folder)
+    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}
+    weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "weights.part", metadata={"format": "pt"})
+    (folder / "config.part").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "metrics.part").write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(folder / "weights.part", folder / "open_clip_model.safetensors")
+    os.replace(folder / "config.part", folder / "open_clip_config.json")
+    os.replace(folder / "metrics.part", folder / "metrics.json")
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    rng = random.Random(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    splits = {}
+    for name in ("train", "new_combinations", "unseen_concepts"):
+        dataset = load_dataset("parquet", data_files=str(DATA / f"{name}.parquet"), split="train")
+        rows = dataset.select_columns(list(ATTRIBUTES)).to_list()
+        splits[name] = {
+            "rows": rows,
+            "images": torch.stack([pil_to_tensor(image) for image in dataset["image"]]),  # (N, 3, 64, 64) uint8
+            "values": {attribute: sorted({row[attribute] for row in rows}) for attribute in ATTRIBUTES},
+        }
+    train = splits["train"]
+    tokenizer = build_tokenizer(
+        [caption(row, template) for row in train["rows"] for template in TEMPLATES], MODEL_CONFIG["text_cfg"]["vocab_size"]
+    )
+    text_config = {key: MODEL_CONFIG["text_cfg"][key] for key in MODEL_CONFIG["text_cfg"] if key != "tokenizer_kwargs"}
+    model = CLIP(MODEL_CONFIG["embed_dim"], MODEL_CONFIG["vision_cfg"], text_config)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0}],
+        lr=args.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=150, num_training_steps=args.max_train_steps)
+    order: list[int] = []
+    losses = []
+    start = time.time()
+    progress = tqdm(range(1, args.max_train_steps + 1), mininterval=30)
+    for step in progress:
+        if len(order) < args.train_batch_size:
+            order = torch.randperm(len(train["rows"]), generator=generator).tolist()
+        chosen, order = order[: args.train_batch_size], order[args.train_batch_size :]
+        captions, true_of = build_batch([train["rows"][i] for i in chosen], train["values"], rng)
+        images = augment(to_float(train["images"][chosen]), generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = training_step(model, images, tokenize(tokenizer, captions), true_of)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            metrics = {name: evaluate(model, tokenizer, splits[name]) for name in ("new_combinations", "unseen_concepts")}
+            metrics |= {"step": step, "seconds": round(time.time() - start), "train_loss": sum(losses[-100:]) / len(losses[-100:])}
+            save(model, tokenizer, metrics, args.output_dir)
+            print(json.dumps(metrics, indent=2), flush=True)
+
+    # What was written is what plain open_clip reads.
+    reloaded = open_clip.create_model(f"local-dir:{args.output_dir}").eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{args.output_dir}")(["a fox, noto style, on a mint background"])
+    with torch.no_grad():
+        similarity = F.cosine_similarity(reloaded.encode_text(tokens), model.eval().encode_text(tokens)).item()
+    print(f"saved in {args.output_dir}; cosine of the reloaded model's text embedding to the trained one: {similarity:.4f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("clip-demo"))
+    parser.add_argument("--max_train_steps", type=int, default=1500)
+    parser.add_argument("--train_batch_size", type=int, default=96)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    main(parser.parse_args())
