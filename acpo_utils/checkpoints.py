@@ -47,10 +47,6 @@ def save_lora(unet: torch.nn.Module, output_dir: str | Path) -> Path:
 
     layers = {name: weight.detach().float().cpu() for name, weight in get_peft_model_state_dict(unet).items()}
     metadata = _collate_lora_metadata({"unet": unet})
-    targets = metadata["unet_lora_adapter_metadata"].get("target_modules")
-    if isinstance(targets, (list, set)):  # PEFT keeps a set: sorted, so that the same LoRA gives the same file
-        metadata["unet_lora_adapter_metadata"]["target_modules"] = sorted(targets)
-
     output_dir = Path(output_dir)
     temporary = output_dir / f".lora.{os.getpid()}.tmp"
     try:
@@ -91,7 +87,8 @@ def _read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
             f"LoRA file {file}: expected one rank and one alpha for all layers, found ranks {ranks}"
             f"{f', alphas {alphas}' if alphas else ''}{f', {unsupported}' if unsupported else ''}."
         )
-    targets = config.get("target_modules") or sorted({name.split(".lora_")[0] for name in weights})
+    targets = config.get("target_modules") or {name.split(".lora_")[0] for name in weights}
+    targets = targets if isinstance(targets, str) else sorted(targets)  # PEFT takes a string for a regular expression
     alpha = config.get("lora_alpha", alphas[0] if alphas else ranks[0])
     return weights, {"rank": ranks[0], "alpha": alpha, "target_modules": targets}
 

@@ -1,0 +1,93 @@
+"""open_clip models for evaluators: built from a configuration alone, or loaded with weights and tokenizer."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import torch
+
+
+def build_clip(clip_config: dict) -> torch.nn.Module:
+    """The open_clip network that `clip_config` describes, with random weights; nothing is downloaded."""
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    config = copy.deepcopy(dict(clip_config))
+    if "multimodal_cfg" in config:
+        raise ValueError("IPCE needs an image-text model (CLIP, SigLIP, ...), found a CoCa configuration.")
+    if config["vision_cfg"].get("timm_model_name"):
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    if config["text_cfg"].get("hf_model_name"):
+        config["text_cfg"]["hf_model_pretrained"] = False
+    custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    return (CustomTextCLIP if custom_text else CLIP)(**config)
+
+
+def build_tokenizer(clip_config: dict, source: str | Path | None, **kwargs):
+    """open_clip's own tokenizer (bundled), or the Hugging Face tokenizer in `source` if the configuration names one."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    text_config = clip_config["text_cfg"]
+    kwargs = kwargs | (text_config.get("tokenizer_kwargs") or {})
+    context_length = text_config.get("context_length", 77)
+    if not text_config.get("hf_tokenizer_name"):
+        return SimpleTokenizer(context_length=context_length, **kwargs)
+    mode = text_config.get("tokenizer_mode")
+    return HFTokenizer(str(source), context_length=context_length, tokenizer_mode=mode, **kwargs)
+
+
+def resolve_layers(visual: torch.nn.Module, layers: list[int] | None) -> list[int]:
+    """Ascending, non-negative layer numbers; by default four, evenly spaced, ending with the last."""
+    inner = getattr(visual, "transformer", None) or getattr(visual, "trunk", None)
+    blocks = getattr(inner, "resblocks", None) or getattr(inner, "blocks", None)
+    if blocks is None:
+        raise ValueError(
+            "head 'alignment_structure' needs a vision transformer (eq. 2 compares patch tokens with a global token), "
+            f"found {type(visual).__name__}. Use head 'prompt_levels' or another CLIP."
+        )
+    depth = len(blocks)
+    if layers is None:
+        return sorted({round(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)} - {-1})
+    if not layers or not all(-depth <= layer < depth for layer in layers):
+        raise ValueError(f"structure_layers: expected numbers from {-depth} to {depth - 1}, found {list(layers)}.")
+    return sorted({layer % depth for layer in layers})
+
+
+def load_open_clip(clip_model: str, clip_pretrained: str | None = None) -> tuple[torch.nn.Module, dict, object, dict]:
+    """The model, its configuration (for `build_clip`), its tokenizer and its preprocessing (`mean`, `std`, ...).
+
+    `clip_model` is an open_clip model name with `clip_pretrained` a tag (downloaded) or a local weights file, or a
+    local folder ("local-dir:PATH" or just PATH) or "hf-hub:REPO", which bring their own weights. Raises ValueError if
+    the model or its weights cannot be found.
+    """
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    if os.path.isdir(clip_model):
+        clip_model = f"local-dir:{clip_model}"
+    brings_weights = clip_model.startswith(("local-dir:", "hf-hub:"))
+    if not brings_weights and clip_model not in open_clip.list_models():
+        raise ValueError(f"CLIP {clip_model!r}: expected an open_clip model name or a local folder, found neither.")
+    if not brings_weights and not clip_pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(clip_model)
+        raise ValueError(f"CLIP {clip_model!r} needs weights: a local file or one of {tags}, found none.")
+    try:
+        clip_config = open_clip.get_model_config(clip_model)
+        tag = None if brings_weights else get_pretrained_cfg(clip_model, clip_pretrained)
+        if tag and tag.get("quick_gelu"):  # OpenAI's weights: open_clip only warns if the activation differs
+            clip_config["quick_gelu"] = True
+        clip = open_clip.create_model(
+            clip_model,
+            None if brings_weights else clip_pretrained,
+            force_quick_gelu=bool(clip_config.get("quick_gelu")),
+            require_pretrained=True,
+        )
+        if brings_weights:
+            source = clip_model.removeprefix("local-dir:").removeprefix("hf-hub:")
+        else:
+            source = clip_config["text_cfg"].get("hf_tokenizer_name")
+        tokenizer = build_tokenizer(clip_config, source)
+    except (RuntimeError, OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Cannot load CLIP {clip_model!r} with weights {clip_pretrained!r}: {reason}") from error
+    return clip, json.loads(json.dumps(clip_config)), tokenizer, open_clip.get_model_preprocess_cfg(clip)

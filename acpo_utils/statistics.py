@@ -1,0 +1,76 @@
+"""The statistics of the ACPO paper's tables: paired comparison of two models, and agreement of scores with ratings."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+
+def _pair(first: Sequence[float], second: Sequence[float], names: tuple[str, str], least: int):
+    """Both as float64 vectors of one length. Anything with `__array__` will do: lists, numpy, CPU tensors."""
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if first.ndim != 1 or first.shape != second.shape:
+        found = f"{names[0]} {first.shape} and {names[1]} {second.shape}"
+        raise ValueError(f"expected two lists of the same length, found shapes {found}")
+    if len(first) < least:
+        raise ValueError(f"expected at least {least} values, found {len(first)}")
+    for name, values in zip(names, (first, second)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} has {np.count_nonzero(~np.isfinite(values))} values that are not finite")
+    return first, second
+
+
+def paired_comparison(base: Sequence[float], finetuned: Sequence[float]) -> dict[str, float | int]:
+    """Two-sided paired t-test of scores of the same prompts by two models (ACPO, tables 2 to 4).
+
+    Args:
+        base: (n,) scores of the base model, any range. finetuned: (n,) scores of the fine-tuned one, in the same
+            order. n >= 2.
+    Returns:
+        `n`; `base_mean`, `finetuned_mean`; `mean_difference` (fine-tuned minus base, so positive is better);
+        `std_difference` (of the n differences, with n - 1); `t` and `p` (scipy.stats.ttest_rel); `win_rate`, the
+        share of prompts on which the fine-tuned model is strictly better; `tie_rate`, the share of equal scores,
+        which count for neither side. When all the differences are equal there is no t-test: `t` and `p` are nan.
+    Raises:
+        ValueError: for different lengths, fewer than two values, or a value that is not finite.
+    """
+    base, finetuned = _pair(base, finetuned, ("base", "finetuned"), least=2)
+    difference = finetuned - base
+    # Equal differences leave rounding errors of 1e-16 that would make t astronomically large.
+    rounding = np.finfo(np.float64).eps * 4 * max(np.abs(base).max(), np.abs(finetuned).max())
+    if np.ptp(difference) <= rounding:
+        std, t, p = 0.0, float("nan"), float("nan")
+    else:
+        std = difference.std(ddof=1)
+        t, p = stats.ttest_rel(finetuned, base)
+    return {
+        "n": len(base),
+        "base_mean": float(base.mean()),
+        "finetuned_mean": float(finetuned.mean()),
+        "mean_difference": float(difference.mean()),
+        "std_difference": float(std),
+        "t": float(t),
+        "p": float(p),
+        "win_rate": float((difference > 0).mean()),
+        "tie_rate": float((difference == 0).mean()),
+    }
+
+
+def correlation(prediction: Sequence[float], target: Sequence[float]) -> dict[str, float]:
+    """Agreement of predicted scores with mean opinion scores, as image quality assessment reports it.
+
+    Args:
+        prediction: (n,) predicted scores. target: (n,) ratings. n >= 2. PLCC and RMSE are of the values as they are,
+            without the logistic fit that some papers put before them.
+    Returns:
+        `srcc` (Spearman), `plcc` (Pearson), `krcc` (Kendall tau-b), each in [-1, 1] and nan when one side is
+        constant; `rmse` in the units of `target`.
+    Raises:
+        ValueError: for different lengths, fewer than two values, or a value that is not finite.
+    """
+    prediction, target = _pair(prediction, target, ("prediction", "target"), least=2)
+    result = {"srcc": float("nan"), "plcc": float("nan"), "krcc": float("nan")}
+    if np.ptp(prediction) > 0 and np.ptp(target) > 0:
+        tests = {"srcc": stats.spearmanr, "plcc": stats.pearsonr, "krcc": stats.kendalltau}
+        result = {name: float(test(prediction, target).statistic) for name, test in tests.items()}
+    return result | {"rmse": float(np.sqrt(np.mean((prediction - target) ** 2)))}

@@ -1,0 +1,524 @@
+"""Fine-tune a LoRA of Stable Diffusion by ACPO: late-step samples are decoded and scored by a frozen evaluator, the
+score's gradient trains the LoRA, and an anchor holds its predictions to the frozen base model's (section 3.3, eqs. 5-9).
+
+    accelerate launch examples/train_acpo_lora_sd.py --tmax 100
+
+With no model named it runs the embedded demo, on a CPU in minutes. README.md has the command for SD-1.4.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import cast_training_params
+from diffusers.utils.torch_utils import randn_tensor
+from peft import LoraConfig
+from torch.utils.data import DataLoader, Subset
+from torchvision.utils import save_image
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from acpo_utils import comparison
+from acpo_utils.anchor import base_prediction
+from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint, load_lora, read_lora_config
+from acpo_utils.checkpoints import register_lora_hooks, save_checkpoint, save_lora
+from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images, read_prompts
+from acpo_utils.evaluators import check_evaluator, load_evaluator
+from acpo_utils.hub import push_to_hub, save_model_card
+from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_late_latents, sample_late_timesteps
+from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
+from acpo_utils.seeds import step_generator
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, generator, args):
+    """L = L_diff + anchor_weight * L_anchor + quality_weight * L_quality (eq. 9). Returns the loss and its terms."""
+    loss_diffusion = loss_anchor = loss_quality = scores = None
+    prompt_embeds = text_encoder(batch["input_ids"], return_dict=False)[0]  # (B, tokens, dim)  c
+    latents = encode_images(batch["pixel_values"], vae, generator).to(prompt_embeds.dtype)  # (B, 4, h, w)  x0
+    noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)  # (B, 4, h, w)  eps
+
+    if args.anchor_weight or args.quality_weight or args.diffusion_timesteps == "late":
+        if args.late_start == "data":  # z_t, t < tmax, is a noised real latent
+            late_timesteps = sample_late_timesteps(len(latents), args.tmax, generator, latents.device)  # (B,)
+            late_latents = noise_scheduler.add_noise(latents, noise, late_timesteps)  # (B, 4, h, w)  z_t
+        else:  # z_t is the current model's own sample
+            late_latents, late_timesteps = rollout(latents.shape, unet, text_encoder, batch, noise_scheduler, generator, args)
+        if args.anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
+            base_pred = base_prediction(unet, late_latents, late_timesteps, prompt_embeds)  # (B, 4, h, w)  eps_theta
+        # One student pass serves L_anchor, L_quality and, with --diffusion_timesteps late, L_diff.
+        late_pred = unet(late_latents, late_timesteps, prompt_embeds, return_dict=False)[0]  # (B, 4, h, w)  eps_phi
+
+    if args.quality_weight:
+        z0 = denoise_late_steps(
+            lambda z, t: unet(z, t, prompt_embeds, return_dict=False)[0],
+            *(noise_scheduler, late_pred, late_timesteps, late_latents, args.late_steps, args.late_backprop_steps),
+        )  # (B, 4, h, w)  z_0_hat (eq. 5)
+        images = decode_latents(vae, z0)  # (B, 3, H, W) in [0, 1]  x_hat = D(z_0_hat) (eq. 5)
+        scores = evaluator.score(images, batch["prompts"])  # (B,) in (0, 1)  Q(x_hat, c)
+        loss_quality = quality_loss(scores)  # L_quality = mean(1 - Q) (eq. 6)
+    if args.anchor_weight:
+        loss_anchor = anchor_loss(late_pred, base_pred)  # L_anchor = ||eps_phi - eps_theta||^2 (eq. 7)
+    if args.diffusion_weight:
+        if args.diffusion_timesteps == "late":
+            timesteps, model_pred = late_timesteps, late_pred
+        else:
+            num_train_timesteps = noise_scheduler.config.num_train_timesteps
+            timesteps = torch.randint(num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # (B, 4, h, w)  z_t, any t
+            model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]  # (B, 4, h, w)
+        loss_diffusion = diffusion_loss(noise_scheduler, model_pred, latents, noise, timesteps, args.snr_gamma)  # (eq. 8)
+
+    loss, terms = acpo_objective(
+        *(loss_diffusion, loss_anchor, loss_quality),
+        *(args.diffusion_weight, args.anchor_weight, args.quality_weight),
+    )  # L (eq. 9)
+    return loss, terms if scores is None else terms | {"score": scores.detach().mean()}
+
+
+@torch.no_grad()
+def encode_images(pixel_values, vae, generator):
+    """(B, 3, H, W) in [-1, 1] -> (B, 4, h, w) latents as the U-Net sees them."""
+    return vae.encode(pixel_values).latent_dist.sample(generator) * vae.config.scaling_factor
+
+
+def rollout(shape, unet, text_encoder, batch, noise_scheduler, generator, args):
+    prompt_embeds = text_encoder(batch["input_ids"], return_dict=False)[0]
+    negative_embeds = text_encoder(batch["empty_ids"], return_dict=False)[0]
+    return rollout_late_latents(
+        *(unet, noise_scheduler, prompt_embeds, negative_embeds, shape),
+        *(args.tmax, args.num_inference_steps, args.guidance_scale, generator),
+    )
+
+
+DEMO_DIR = Path(__file__).resolve().parent / "demo"
+# The embedded demo's settings, where they differ from the defaults below, which are the paper's or diffusers' own.
+# A model of 11 M parameters at 64 px forgives, and needs, larger steps than SD-1.4; each was chosen on the demo.
+DEMO = {
+    "pretrained_model_name_or_path": str(DEMO_DIR / "pipeline"),
+    "train_data_dir": str(DEMO_DIR / "data" / "train.parquet"),
+    "evaluator": f"ipce:{DEMO_DIR / 'guide'}",
+    "judge": str(DEMO_DIR / "judge"),
+    "eval_prompts": str(DEMO_DIR / "data" / "new_combinations.parquet"),
+    "resolution": 64,
+    "train_batch_size": 8,
+    "rank": 8,
+    "learning_rate": 1e-3,
+    "max_train_steps": 100,
+    "num_inference_steps": 20,
+    "guidance_scale": 4.0,
+    "checkpointing_steps": 50,
+    "dataloader_num_workers": 0,
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # Model and evaluator
+    add("--pretrained_model_name_or_path", help="hub id or folder of a Stable Diffusion; none: the embedded demo")
+    add("--revision")
+    add("--variant")
+    add("--evaluator", help="the frozen guide Q: ipce:PATH, or python:module:name of your own callable")
+    add("--judge", help="folder of a judge for the final table that guides nothing (examples/demo/judge)")
+    add("--lora_path", help="continue from this saved LoRA with a new optimizer; this is not resume")
+    # Data
+    add("--dataset_name", help="hub data set with an image and a caption column")
+    add("--dataset_config_name")
+    add("--train_data_dir", help="image folder with metadata.jsonl, or parquet")
+    add("--image_column", default="image")
+    add("--caption_column", default="text")
+    add("--max_train_samples", type=int)
+    add("--skip_bad_images", action="store_true", help="leave unreadable images out, and count them")
+    add("--cache_dir")
+    add("--resolution", type=int, default=512)
+    add("--center_crop", action="store_true")
+    add("--random_flip", action="store_true")
+    add("--dataloader_num_workers", type=int, default=0)
+    # ACPO
+    add("--tmax", type=int, default=100, help="upper end of the late window: quality and anchor act at t < tmax")
+    add("--quality_weight", type=float, default=0.1, help="lambda_quality of eq. 9")
+    add("--anchor_weight", type=float, default=1.0, help="lambda_anchor of eq. 9")
+    add("--diffusion_weight", type=float, default=1.0, help="weight of L_diff; 1 in the paper")
+    add("--diffusion_timesteps", choices=["full", "late"], default="full", help="late shares the late forward pass")
+    add("--late_start", choices=["data", "rollout"], default="data", help="z_t from real images, or sampled from noise")
+    add("--late_steps", type=int, default=1, help="K denoising steps from t to 0; 1 is the one-step estimate")
+    add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
+    add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
+    # LoRA and optimizer
+    add("--rank", type=int, default=4)
+    add("--lora_alpha", type=int, help="default: the rank")
+    add("--lora_target_modules", default="to_k,to_q,to_v,to_out.0", help="comma-separated layer names of the U-Net")
+    add("--train_batch_size", type=int, default=4)
+    add("--max_train_steps", type=int, default=1000)
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_checkpointing", action="store_true", help="of the U-Net and of the VAE's decoder")
+    add("--learning_rate", type=float, default=2e-5)
+    add("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT], default="constant")
+    add("--lr_warmup_steps", type=int, default=0)
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=0.0, help="0 is Adam, as in the paper")
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"])
+    add("--allow_tf32", action="store_true")
+    # Validation and final comparison
+    add("--validation_prompt", help="sampled every --validation_steps")
+    add("--num_validation_images", type=int, default=4)
+    add("--validation_steps", type=int, default=100)
+    add("--eval_prompts", help="held-out prompts for the final table: .txt, .csv, .jsonl or .parquet")
+    add("--num_eval_prompts", type=int, default=128)
+    add("--eval_batch_size", type=int, default=16)
+    add("--num_inference_steps", type=int, default=50)
+    add("--guidance_scale", type=float, default=7.5)
+    # Output
+    add("--output_dir", default="acpo-lora-sd")
+    add("--seed", type=int, default=0)
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int)
+    add("--resume_from_checkpoint", help='"latest", or the name of a checkpoint folder')
+    add("--report_to", default="tensorboard", help='a tracker of accelerate, "all" or "none"')
+    add("--logging_dir", default="logs")
+    add("--push_to_hub", action="store_true")
+    add("--hub_model_id")
+    add("--hub_token")
+
+    args = parser.parse_args()
+    args.demo = args.pretrained_model_name_or_path is None
+    if args.demo:
+        if not DEMO_DIR.is_dir():
+            parser.error(f"no --pretrained_model_name_or_path, and the demo is not at {DEMO_DIR}: name a model, or clone the repository")
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(namespace=argparse.Namespace(demo=True))
+    args.lora_alpha = args.lora_alpha or args.rank
+
+    # What can be said without loading anything is said now.
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("need training images: --dataset_name or --train_data_dir")
+    if args.quality_weight and args.evaluator is None:
+        parser.error("--quality_weight above 0 needs an --evaluator, for example ipce:PATH (see train_iqa_ipce.py)")
+    if min(args.quality_weight, args.anchor_weight, args.diffusion_weight) < 0 or not (
+        args.quality_weight or args.anchor_weight or args.diffusion_weight
+    ):
+        parser.error("the weights must not be negative, and one of them must be above 0")
+    if args.late_start == "rollout" and args.diffusion_timesteps == "late":
+        parser.error("--diffusion_timesteps late needs --late_start data: a sampled latent has no known noise")
+    if args.diffusion_timesteps == "late" and not args.diffusion_weight:
+        parser.error("--diffusion_timesteps late has no effect with --diffusion_weight 0")
+    if args.late_steps < 1 or not 1 <= (args.late_backprop_steps or args.late_steps) <= args.late_steps:
+        parser.error("expected 1 <= --late_backprop_steps <= --late_steps")
+    if args.push_to_hub and args.report_to == "wandb" and args.hub_token:
+        parser.error("--hub_token would be logged by wandb: use `hf auth login` instead")
+    return args
+
+
+def load_models(args, weight_dtype, device):
+    """The pipeline's parts, frozen; the VAE in fp32, since its decode is scored."""
+    source = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    try:
+        noise_scheduler = DDPMScheduler.from_pretrained(**source, subfolder="scheduler")
+        tokenizer = CLIPTokenizer.from_pretrained(**source, subfolder="tokenizer")
+        text_encoder = CLIPTextModel.from_pretrained(
+            **source, subfolder="text_encoder", variant=args.variant, dtype=weight_dtype
+        )
+        vae = AutoencoderKL.from_pretrained(**source, subfolder="vae", variant=args.variant)
+        unet = UNet2DConditionModel.from_pretrained(
+            **source, subfolder="unet", variant=args.variant, dtype=weight_dtype
+        )
+    except OSError as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path: expected a Stable Diffusion pipeline (hub id or folder), "
+            f"{args.pretrained_model_name_or_path!r} could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    total = noise_scheduler.config.num_train_timesteps
+    if not 1 <= args.tmax <= total:
+        raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {args.tmax}")
+    multiple = 2 ** (len(vae.config.block_out_channels) - 1) * 2 ** (len(unet.config.block_out_channels) - 1)
+    if args.resolution < 1 or args.resolution % multiple:
+        raise ValueError(f"--resolution must be a multiple of {multiple} for this VAE and U-Net, got {args.resolution}")
+    for model in (text_encoder, vae, unet):
+        model.requires_grad_(False)
+        model.to(device)
+    for model in (vae, unet):
+        model.to(memory_format=torch.channels_last)
+    return noise_scheduler, tokenizer, text_encoder, vae, unet
+
+
+def add_lora(unet, args):
+    """A new adapter, or the one of --lora_path; its weights in fp32, whatever the base's precision. Returns them."""
+    targets = [name.strip() for name in args.lora_target_modules.split(",")]
+    config = {"r": args.rank, "lora_alpha": args.lora_alpha, "target_modules": targets}
+    if args.lora_path:
+        saved = read_lora_config(args.lora_path)
+        config = {"r": saved["rank"], "lora_alpha": saved["alpha"], "target_modules": saved["target_modules"]}
+    unet.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"))
+    cast_training_params(unet, dtype=torch.float32)
+    if args.lora_path:
+        load_lora(unet, args.lora_path)
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler):
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler.from_config(noise_scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    if unet.dtype != torch.float32:
+        pipeline.vae = vae.to(unet.dtype)
+    return pipeline
+
+
+def log_images(accelerator, name, images, step):
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(name, images.numpy(), step)
+        if tracker.name == "wandb":
+            tracker.log_images({name: [image.permute(1, 2, 0).numpy() for image in images]}, step=step)
+
+
+def main(args):
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
+    )
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_seed(args.seed)
+    if args.demo:
+        in_force = ", ".join(f"{name} {getattr(args, name)}" for name in DEMO if "/" not in str(getattr(args, name)))
+        logger.info(
+            "This is the embedded demo (a small Stable Diffusion of emoji drawings, 64 px), with its own settings: "
+            f"{in_force}. For the paper's run name a model, data and a guide: --pretrained_model_name_or_path "
+            "CompVis/stable-diffusion-v1-4 --train_data_dir visual-genome --evaluator ipce:PATH"
+        )
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with atomic_write(Path(args.output_dir, "args.json")) as temporary:
+            temporary.write_text(json.dumps({k: v for k, v in vars(args).items() if k != "hub_token"}, indent=2))
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.num_processes)
+
+    # Data and prompts are checked before any model is loaded.
+    dataset = load_captioned_images(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        max_train_samples=args.max_train_samples,
+        cache_dir=args.cache_dir,
+        seed=args.seed,
+    )
+    with accelerator.main_process_first():
+        dataset = check_images(dataset, args.image_column, args.skip_bad_images)
+    eval_prompts = read_prompts(args.eval_prompts)[: args.num_eval_prompts] if args.eval_prompts else []
+    evaluator = judge = None
+    if args.quality_weight:
+        evaluator = load_evaluator(args.evaluator, accelerator.device)
+    if args.judge:
+        from acpo_utils.judge import load_judge
+
+        judge = load_judge(args.judge)
+
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    noise_scheduler, tokenizer, text_encoder, vae, unet = load_models(args, weight_dtype, accelerator.device)
+    lora_parameters = add_lora(unet, args)  # a list: an iterator would leave nothing to clip
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        vae.enable_gradient_checkpointing()
+
+    optimizer = torch.optim.AdamW(
+        lora_parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
+    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    register_lora_hooks(accelerator, unet)
+
+    # Sample n of the run is a function of (seed, n) alone, so resuming means to start counting at n.
+    first_step = 0
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        first_step = checkpoint_step(checkpoint)
+        logger.info(f"Resuming from {checkpoint} at step {first_step}")
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    train_set = CaptionedImages(
+        dataset,
+        tokenizer,
+        resolution=args.resolution,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        seed=args.seed,
+        num_samples=args.max_train_steps * samples_per_step,
+    )
+    own_samples = range(first_step * samples_per_step + accelerator.process_index, len(train_set), accelerator.num_processes)
+    batches = iter(
+        DataLoader(
+            Subset(train_set, own_samples),
+            batch_size=args.train_batch_size,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+    )
+    empty_ids = tokenizer("", padding="max_length", truncation=True, return_tensors="pt").input_ids.to(accelerator.device)
+
+    def next_batch():
+        batch = next(batches)
+        return {
+            "pixel_values": batch["pixel_values"].to(accelerator.device).contiguous(memory_format=torch.channels_last),
+            "input_ids": batch["input_ids"].to(accelerator.device),
+            "empty_ids": empty_ids,
+            "prompts": batch["prompts"],
+        }
+
+    if evaluator is not None:
+        probe = collate([train_set[n] for n in range(min(2, len(train_set)))])
+        with torch.no_grad():
+            latents = encode_images(probe["pixel_values"].to(accelerator.device), vae, step_generator(args.seed, 0))
+            images = decode_latents(vae, latents)
+        check_evaluator(evaluator, images, probe["prompts"])
+
+    accelerator.init_trackers("acpo-lora-sd", config={k: v for k, v in vars(args).items() if v is not None and k != "hub_token"})
+    logger.info("***** Running training *****")
+    logger.info(f"  {len(dataset)} images, {sum(p.numel() for p in lora_parameters)} trained parameters, steps {first_step}..{args.max_train_steps}")
+    progress = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, disable=not accelerator.is_local_main_process)
+    skipped_steps = skipped_in_a_row = 0
+    for step in progress:
+        for micro_step in range(args.gradient_accumulation_steps):
+            generator = step_generator(args.seed, step, micro_step, accelerator.process_index)
+            with accelerator.accumulate(unet):
+                loss, terms = training_step(next_batch(), unet, vae, text_encoder, evaluator, noise_scheduler, generator, args)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm).item()
+                    finite = torch.isfinite(torch.tensor(grad_norm)).item()
+                    # fp16's loss scaler skips the step itself, and must see it in order to lower its scale.
+                    if not finite and accelerator.scaler is None:
+                        optimizer.zero_grad()
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+        skipped_steps += not finite
+        if skipped_in_a_row == 10:
+            raise FloatingPointError(
+                f"the gradient was not finite in ten steps in a row, up to step {step + 1}: lower --learning_rate or "
+                f"--quality_weight, or use bf16 in place of fp16. Checkpoints in {args.output_dir} are as they were."
+            )
+        logs = {name: term.item() for name, term in terms.items()} | {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step + 1)
+        progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
+
+        if (step + 1) % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, args.output_dir, step + 1, args.checkpoints_total_limit)
+        if args.validation_prompt and (step + 1) % args.validation_steps == 0 and accelerator.is_main_process:
+            pipeline = build_pipeline(accelerator.unwrap_model(unet), vae, text_encoder, tokenizer, noise_scheduler)
+            images = sample(pipeline, [args.validation_prompt] * args.num_validation_images, "validation", args)
+            log_images(accelerator, "validation", images, step + 1)
+            with atomic_write(Path(args.output_dir, "validation", f"step-{step + 1}.png")) as temporary:
+                save_image(images, temporary)
+            vae.to(torch.float32)  # the pipeline samples in the U-Net's precision, the loss decodes in fp32
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        unet = accelerator.unwrap_model(unet)
+        save_lora(unet, args.output_dir)
+        finish(unet, vae, text_encoder, tokenizer, noise_scheduler, evaluator, judge, eval_prompts, skipped_steps, accelerator, args)
+    accelerator.end_training()
+
+
+def sample(pipeline, prompts, description, args):
+    """Images (N, 3, H, W) in [0, 1]; the same prompt list and seed give the same initial noise."""
+    return comparison.sample_images(
+        *(pipeline, prompts, args.seed, args.eval_batch_size, args.num_inference_steps, args.guidance_scale, description)
+    )
+
+
+def finish(unet, vae, text_encoder, tokenizer, noise_scheduler, evaluator, judge, eval_prompts, skipped_steps, accelerator, args):
+    """Base against fine-tuned on held-out prompts: comparison.png, metrics.json, a printed table, the model card."""
+    output_dir = Path(args.output_dir)
+    prompts = eval_prompts or [args.validation_prompt] * args.num_validation_images * bool(args.validation_prompt)
+    table, pictures = "", []
+    if prompts:
+        pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
+        unet.disable_adapters()
+        base = sample(pipeline, prompts, "sampling the base model", args)
+        unet.enable_adapters()
+        finetuned = sample(pipeline, prompts, "sampling the fine-tuned model", args)
+        scorers = {"guide": evaluator} | {"judge": judge}
+        base_scores, finetuned_scores = (
+            {
+                name: comparison.score_images(scorer, images, prompts, accelerator.device)
+                for name, scorer in scorers.items()
+                if scorer is not None
+            }
+            for images in (base, finetuned)
+        )
+        ranges = {"guide": tuple(evaluator.score_range)} if evaluator is not None else {}
+        comparisons = comparison.compare(base_scores, finetuned_scores, ranges)
+        table = comparison.comparison_table(comparisons)
+        metrics = {"comparisons": comparisons, "num_prompts": len(prompts), "skipped_steps": skipped_steps}
+        with atomic_write(output_dir / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2))
+        guide_scores = (base_scores["guide"], finetuned_scores["guide"]) if "guide" in base_scores else None
+        shown = slice(0, 16)
+        comparison.comparison_picture(
+            *(output_dir / "comparison.png", base[shown], finetuned[shown], prompts[shown]),
+            scores=guide_scores,
+        )
+        pictures = ["comparison.png"]
+        print(f"\n{table}\n\nPictures: {output_dir / 'comparison.png'}   LoRA: {output_dir / 'pytorch_lora_weights.safetensors'}")
+    save_model_card(
+        output_dir,
+        base_model=args.pretrained_model_name_or_path,
+        model_description="LoRA fine-tuned by ACPO (Anchor-Constrained Perceptual Optimization).",
+        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "acpo"],
+        dataset=args.dataset_name or args.train_data_dir,
+        image_files=pictures,
+        metrics=table,
+        settings={k: v for k, v in vars(args).items() if v is not None and k != "hub_token"},
+    )
+    if args.push_to_hub:
+        push_to_hub(output_dir, args.hub_model_id, args.hub_token, "End of training")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from peft import LoraConfig
+
+from acpo_utils.anchor import base_prediction
+from acpo_utils.losses import anchor_loss
+from tests.conftest import tiny_unet
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(2, 4, 8, 8), torch.tensor([3, 90]), torch.randn(2, 16, 32)
+
+
+def with_lora(unet):
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    return unet
+
+
+def test_anchor_loss_is_exactly_zero_at_lora_initialisation(inputs):
+    unet = with_lora(tiny_unet())
+    assert anchor_loss(unet(*inputs).sample, base_prediction(unet, *inputs)).item() == 0.0
+
+
+def test_base_prediction_is_the_untouched_model_and_leaves_the_adapter_on(inputs):
+    expected = tiny_unet()(*inputs).sample
+    unet = with_lora(tiny_unet())
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    student = unet(*inputs).sample
+    base = base_prediction(unet, *inputs)
+    assert torch.equal(base, expected) and not base.requires_grad
+    assert torch.equal(unet(*inputs).sample, student) and not torch.allclose(student, base)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_gradient_reaches_every_lora_tensor_and_nothing_else(inputs, gradient_checkpointing):
+    unet = with_lora(tiny_unet()).train()
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    base = base_prediction(unet, *inputs)
+    anchor_loss(unet(*inputs).sample, base).backward()
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_adapter_is_on_again_after_an_error(inputs):
+    unet = with_lora(tiny_unet())
+    with pytest.raises(RuntimeError):
+        base_prediction(unet, inputs[0][:, :3], *inputs[1:])
+    assert all(parameter.requires_grad for name, parameter in unet.named_parameters() if "lora_" in name)

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.image_processor import VaeImageProcessor
+
+from acpo_utils.late_step import (
+    decode_latents,
+    denoise_late_steps,
+    predict_original_sample,
+    rollout_late_latents,
+    sample_late_timesteps,
+)
+from tests.conftest import tiny_scheduler, tiny_unet, tiny_vae
+
+
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+
+
+def test_late_timesteps_fill_the_window_and_repeat_with_the_seed():
+    drawn = sample_late_timesteps(2000, 10, torch.Generator().manual_seed(0))
+    assert sorted(set(drawn.tolist())) == list(range(10))
+    assert torch.equal(drawn, sample_late_timesteps(2000, 10, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_original_sample_agrees_with_the_ddim_scheduler(prediction_type):
+    scheduler = tiny_scheduler(prediction_type=prediction_type)
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    ddim.set_timesteps(1000)
+    latents, pred = torch.randn(3, 4, 6, 8), torch.randn(3, 4, 6, 8)
+    for timestep in (1, 99, 500):
+        estimate = predict_original_sample(scheduler, pred, torch.full((3,), timestep), latents)
+        expected = ddim.step(pred, timestep, latents).pred_original_sample
+        assert torch.allclose(estimate, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_true_prediction_gives_back_the_clean_latents(prediction_type):
+    """float64 inputs; each sample has its own timestep, and the latents are not square."""
+    from acpo_utils.losses import diffusion_target
+
+    scheduler = tiny_scheduler(prediction_type=prediction_type)
+    x0, noise, timesteps = torch.randn(4, 4, 4, 10), torch.randn(4, 4, 4, 10), torch.tensor([0, 3, 50, 99])
+    noisy = scheduler.add_noise(x0, noise, timesteps)
+    pred = diffusion_target(scheduler, x0, noise, timesteps)
+    assert torch.allclose(predict_original_sample(scheduler, pred, timesteps, noisy), x0, atol=1e-5)
+    chain = denoise_late_steps(
+        lambda z, t: diffusion_target(scheduler, x0, noise, t), scheduler, pred, timesteps, noisy, num_steps=4
+    )
+    assert torch.allclose(chain, x0, atol=1e-4)
+
+
+def test_chain_agrees_with_the_ddim_scheduler_step_by_step():
+    scheduler = tiny_scheduler()
+    predict = lambda z, t: torch.tanh(z) * 0.3 + t.view(-1, 1, 1, 1) / 500  # noqa: E731
+    start, timesteps = torch.randn(2, 4, 5, 5), torch.tensor([90, 90])
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=True)
+    ddim.set_timesteps(1000)
+    ddim.num_inference_steps = 1000 // 30  # a DDIM step then goes 30 timesteps down, as the chain 90, 60, 30, 0 does
+    latents = start
+    for timestep in (90, 60):
+        latents = ddim.step(predict(latents, torch.tensor([timestep] * 2)), timestep, latents).prev_sample
+    expected = ddim.step(predict(latents, torch.tensor([30] * 2)), 30, latents).pred_original_sample
+    chain = denoise_late_steps(predict, scheduler, predict(start, timesteps), timesteps, start, num_steps=3)
+    assert torch.allclose(chain, expected, atol=1e-4)
+
+
+def test_truncation_cuts_the_gradient_and_not_the_value():
+    scheduler = tiny_scheduler()
+    weight = torch.tensor(0.5, requires_grad=True)
+    calls = []
+
+    def predict(z, t):
+        calls.append(torch.is_grad_enabled())
+        return weight * z
+
+    z, t = torch.randn(2, 4, 3, 3), torch.tensor([80, 40])
+    outcomes = {}
+    for backprop_steps in (None, 1):
+        calls.clear()
+        z0 = denoise_late_steps(predict, scheduler, predict(z, t), t, z, num_steps=3, backprop_steps=backprop_steps)
+        (gradient,) = torch.autograd.grad(z0.sum(), weight)
+        outcomes[backprop_steps] = (z0.detach(), gradient, list(calls))
+    assert torch.allclose(outcomes[None][0], outcomes[1][0])
+    assert not torch.allclose(outcomes[None][1], outcomes[1][1])
+    assert outcomes[None][2] == [True, True, True] and outcomes[1][2] == [True, False, True]
+    with pytest.raises(ValueError, match="backprop_steps"):
+        denoise_late_steps(predict, scheduler, z, t, z, num_steps=2, backprop_steps=3)
+
+
+def test_decode_matches_the_image_processor_and_lies_in_0_1():
+    vae = tiny_vae().eval()
+    latents = torch.randn(2, 4, 8, 12) * 3 * vae.config.scaling_factor
+    images = decode_latents(vae, latents)
+    decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    assert images.shape == (2, 3, 16, 24) and images.min() >= 0 and images.max() <= 1
+    assert torch.equal(images, VaeImageProcessor().postprocess(decoded.detach(), output_type="pt"))
+
+
+def test_decode_gradient_with_and_without_checkpointing_and_against_differences():
+    vae = tiny_vae().eval().requires_grad_(False)
+    latents = (torch.randn(1, 4, 4, 4) * 0.1).requires_grad_(True)
+    probe = torch.randn(1, 3, 8, 8)
+    gradients = []
+    for checkpointing in (False, True):
+        vae.enable_gradient_checkpointing() if checkpointing else vae.disable_gradient_checkpointing()
+        gradients.append(torch.autograd.grad((decode_latents(vae, latents) * probe).sum(), latents)[0])
+    assert torch.allclose(*gradients, atol=1e-6)
+    step = 5e-4 * torch.randn_like(latents)
+    with torch.no_grad():
+        difference = ((decode_latents(vae, latents + step) - decode_latents(vae, latents - step)) * probe).sum() / 2
+    assert difference.item() == pytest.approx((gradients[0] * step).sum().item(), rel=0.02, abs=1e-5)
+
+
+def test_rollout_ends_inside_the_window():
+    unet, scheduler = tiny_unet().eval(), tiny_scheduler()
+    embeds, negative = torch.randn(2, 16, 32), torch.randn(1, 16, 32)
+    latents, timesteps = rollout_late_latents(
+        unet, scheduler, embeds, negative, (2, 4, 8, 8), 300, num_inference_steps=10, generator=torch.Generator().manual_seed(0)
+    )
+    assert latents.shape == (2, 4, 8, 8) and not latents.requires_grad
+    assert timesteps.tolist() == [201, 201]  # leading spacing with offset 1: 901, ..., 301, 201
+    with pytest.raises(ValueError, match="none below tmax 1"):
+        rollout_late_latents(unet, scheduler, embeds, negative, (2, 4, 8, 8), 1, num_inference_steps=10)

@@ -1,0 +1,116 @@
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from acpo_utils.statistics import correlation, paired_comparison
+
+
+def scores_with(base_mean, finetuned_mean, std, n=500):
+    """Paired scores whose means and whose differences' standard deviation are exactly these."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(n)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    base = rng.standard_normal(n)
+    base = base - base.mean() + base_mean
+    return base, base + (finetuned_mean - base_mean) + std * noise
+
+
+# The paper's table 2 (500 prompts). Its means are rounded to four decimals, so t is exact only up to sqrt(n) / std *
+# 1e-4 (two means, half a unit each), and by the rounding of std.
+@pytest.mark.parametrize(
+    "metric, base_mean, finetuned_mean, std, t",
+    [
+        ("IPCE", 2.8831, 2.9166, 0.2176, 3.4424),
+        ("Pickscore", 20.5847, 21.1083, 0.9112, 12.8494),
+        ("CLIPscore", 0.2840, 0.2983, 0.0287, 11.1089),
+        ("Twostream", 74.9430, 76.1658, 11.0330, 2.4783),
+    ],
+)
+def test_reproduces_t_of_the_papers_table_2(metric, base_mean, finetuned_mean, std, t):
+    result = paired_comparison(*scores_with(base_mean, finetuned_mean, std))
+    assert result["n"] == 500
+    assert result["base_mean"] == pytest.approx(base_mean) and result["finetuned_mean"] == pytest.approx(finetuned_mean)
+    assert result["std_difference"] == pytest.approx(std)
+    rounding = math.sqrt(500) * 1e-4 / std + t * 0.5e-4 / std
+    assert rounding < 0.12 * t
+    assert result["t"] == pytest.approx(t, abs=rounding)
+    assert result["p"] == pytest.approx(2 * stats.t.sf(result["t"], 499))
+    assert result["p"] < 0.014
+
+
+def test_paired_comparison_against_the_definition():
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=37)
+    finetuned = base + rng.normal(0.2, 1, size=37)
+    finetuned[:3] = base[:3]
+    result = paired_comparison(base, finetuned)
+    difference = finetuned - base
+    t = difference.mean() / (difference.std(ddof=1) / math.sqrt(37))
+    assert result["mean_difference"] == pytest.approx(difference.mean())
+    assert result["t"] == pytest.approx(t)
+    assert result["win_rate"] == np.count_nonzero(finetuned > base) / 37
+    assert result["tie_rate"] == 3 / 37
+    swapped = paired_comparison(finetuned, base)
+    assert swapped["t"] == pytest.approx(-t) and swapped["p"] == pytest.approx(result["p"])
+    assert swapped["win_rate"] == pytest.approx(1 - result["win_rate"] - 3 / 37)
+    assert all(type(value) in (int, float) for value in result.values())  # json.dump takes them
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_equal_differences_have_no_t_and_no_warning(shift):
+    base = np.array([0.1, 0.2, 0.3, 0.7])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = paired_comparison(base, base + shift)
+    assert math.isnan(result["t"]) and math.isnan(result["p"])
+    assert result["std_difference"] == 0
+    assert result["mean_difference"] == pytest.approx(shift)
+    assert result["win_rate"] == float(shift > 0) and result["tie_rate"] == float(shift == 0)
+
+
+def test_small_but_real_differences_are_tested():
+    base = np.full(50, 0.5)
+    finetuned = base + np.linspace(-1e-9, 2e-9, 50)
+    assert paired_comparison(base, finetuned)["t"] == pytest.approx(stats.ttest_rel(finetuned, base).statistic)
+
+
+def test_correlation_against_scipy_and_a_known_ranking():
+    rng = np.random.default_rng(2)
+    target = rng.uniform(size=80)
+    prediction = np.exp(3 * target)  # monotone: ranks agree, values do not
+    result = correlation(torch.from_numpy(prediction), target.tolist())
+    assert result["srcc"] == pytest.approx(1) and result["krcc"] == pytest.approx(1)
+    assert result["plcc"] == pytest.approx(np.corrcoef(prediction, target)[0, 1]) and result["plcc"] < 0.99
+    assert result["rmse"] == pytest.approx(math.sqrt(((prediction - target) ** 2).mean()))
+    noisy = prediction + rng.normal(0, 5, size=80)
+    result = correlation(noisy, target)
+    assert result["srcc"] == pytest.approx(stats.spearmanr(noisy, target).statistic)
+    assert result["krcc"] == pytest.approx(stats.kendalltau(noisy, target).statistic)
+
+
+def test_constant_prediction_has_no_correlation_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = correlation([2.0, 2.0, 2.0], [1.0, 2.0, 3.0])
+    assert all(math.isnan(result[name]) for name in ("srcc", "plcc", "krcc"))
+    assert result["rmse"] == pytest.approx(math.sqrt(2 / 3))
+
+
+@pytest.mark.parametrize("function", [paired_comparison, correlation])
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ([1.0, 2.0], [1.0, 2.0, 3.0], "same length"),
+        ([1.0], [2.0], "at least 2"),
+        ([1.0, float("nan")], [1.0, 2.0], "1 values that are not finite"),
+        ([1.0, 2.0], [float("inf"), 2.0], "not finite"),
+        ([[1.0, 2.0]], [[1.0, 2.0]], "same length"),
+    ],
+)
+def test_bad_input(function, first, second, message):
+    with pytest.raises(ValueError, match=message):
+        function(first, second)

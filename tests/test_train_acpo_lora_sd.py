@@ -1,0 +1,196 @@
+"""The real script, launched through accelerate on tiny models; what it writes, and that it repeats itself."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPT = REPOSITORY / "examples" / "train_acpo_lora_sd.py"
+
+
+def launch(*flags, script=SCRIPT, cwd=None, code=0) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", str(script), *map(str, flags)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+    output = run.stdout + run.stderr
+    assert (run.returncode == 0) == (code == 0), output[-4000:]
+    return output
+
+
+@pytest.fixture
+def flags(tiny_pipeline, tiny_guide, captioned_images, tmp_path):
+    def build(output="out", **changes):
+        options = {
+            "pretrained_model_name_or_path": tiny_pipeline,
+            "evaluator": f"ipce:{tiny_guide}",
+            "train_data_dir": captioned_images,
+            "resolution": 32,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "max_train_steps": 4,
+            "report_to": "none",
+            "output_dir": tmp_path / output,
+        } | changes
+        return [str(part) for k, v in options.items() if v is not None for part in ([f"--{k}"] if v is True else [f"--{k}", v])]
+
+    return build
+
+
+@pytest.fixture
+def lora_of(tmp_path):
+    return lambda output="out": load_file(tmp_path / output / "pytorch_lora_weights.safetensors")
+
+
+def test_outputs_checkpoints_and_comparison(flags, lora_of, tmp_path, tiny_pipeline):
+    (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\na green wall\n")
+    out = launch(
+        *flags(checkpointing_steps=1, checkpoints_total_limit=2, eval_prompts=tmp_path / "prompts.txt"),
+        *flags(num_inference_steps=2, validation_prompt="a red wall", validation_steps=2, num_validation_images=2, rank=3),
+        *["--lora_alpha", "6", "--lora_target_modules", "to_q,to_k,to_v,to_out.0,proj_in,ff.net.2"],
+    )
+    folder = tmp_path / "out"
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+    assert (folder / "comparison.png").stat().st_size > 5000 and (folder / "validation" / "step-2.png").is_file()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["num_prompts"] == 3 and metrics["skipped_steps"] == 0
+    guide = metrics["comparisons"]["guide"]
+    assert 0 < guide["base_mean"] < 5 and f"{guide['finetuned_mean']:.4f}" in out
+    assert "acpo" in (folder / "README.md").read_text()
+
+    weights = lora_of()
+    assert all(name.startswith("unet.") and "lora" in name for name in weights)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert any("proj_in" in name for name in weights) and all(w.abs().sum() > 0 for w in weights.values())
+
+    # A stock pipeline loads the file, its output changes, and it predicts what the trained model predicted.
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+
+    from acpo_utils.checkpoints import load_lora
+    from tests.conftest import tiny_unet
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor(50), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        before = pipeline.unet(*inputs).sample
+        pipeline.load_lora_weights(folder)
+        after = pipeline.unet(*inputs).sample
+        trained = tiny_unet()
+        trained.add_adapter(
+            LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2"])
+        )
+        load_lora(trained, folder)
+        assert not torch.allclose(before, after)
+        assert torch.allclose(after, trained(*inputs).sample, atol=1e-6)
+
+
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(flags, lora_of, tmp_path):
+    options = {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "random_flip": True, "train_batch_size": 1}
+    launch(*flags("whole", checkpointing_steps=2, **options))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    launch(*flags("resumed", checkpointing_steps=2, resume_from_checkpoint="latest", **options))
+    whole, resumed = lora_of("whole"), lora_of("resumed")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    states = [torch.load(tmp_path / n / "checkpoint-4" / "optimizer.bin", weights_only=True) for n in ("whole", "resumed")]
+    for first, second in zip(states[0]["state"].values(), states[1]["state"].values(), strict=True):
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_copy_in_an_empty_folder_runs_and_weights_of_zero_are_a_plain_lora_run(flags, tmp_path):
+    """No evaluator is named: with both weights at 0 nothing may be decoded or scored."""
+    (tmp_path / "copy").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "copy" / "my_script.py")
+    options = flags(evaluator=None, quality_weight=0, anchor_weight=0)
+    launch(*options, script="my_script.py", cwd=tmp_path / "copy")
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    out = launch("--output_dir", tmp_path / "other", script="my_script.py", cwd=tmp_path / "copy", code=1)
+    assert "name a model, or clone the repository" in out
+
+
+def test_rollout_chain_late_diffusion_and_continuing_from_a_lora(flags, lora_of, tmp_path):
+    launch(*flags("first", diffusion_timesteps="late", late_steps=3, late_backprop_steps=1, gradient_checkpointing=True, rank=2))
+    launch(
+        *flags("second", late_start="rollout", tmax=300, num_inference_steps=5, guidance_scale=2, max_train_steps=1),
+        *["--lora_path", tmp_path / "first", "--diffusion_weight", "0"],
+    )
+    first, second = lora_of("first"), lora_of("second")
+    assert {n: w.shape for n, w in first.items()} == {n: w.shape for n, w in second.items()}
+    moved = max((first[name] - second[name]).abs().max().item() for name in first)
+    assert 0 < moved < 2e-3, "one Adam step of 1e-3 from the saved LoRA, not from a new one"
+
+
+BAD_INPUT = {
+    "missing data": ({"train_data_dir": "no/such/folder"}, "no/such/folder"),
+    "unknown column": ({"caption_column": "caption"}, "caption"),
+    "tmax": ({"tmax": 1001}, "--tmax must be in 1..1000"),
+    "resolution": ({"resolution": 33}, "--resolution must be a multiple of"),
+    "missing evaluator": ({"evaluator": "ipce:no/such/guide"}, "no/such/guide"),
+    "kind of evaluator": ({"evaluator": "fid:x"}, "fid:x"),
+    "model": ({"pretrained_model_name_or_path": "no/such/model"}, "expected a Stable Diffusion pipeline"),
+    "checkpoint": ({"resume_from_checkpoint": "latest"}, "checkpoint"),
+    "output folder": ({"output_dir": "/proc/acpo"}, "/proc/acpo cannot be written to"),
+    "flags": ({"late_start": "rollout", "diffusion_timesteps": "late"}, "--late_start data"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_that_names_it(flags, case, monkeypatch, capsys):
+    changes, expected = BAD_INPUT[case]
+    out = run_in_process(flags(**changes), monkeypatch, capsys)
+    assert expected in out and "\n" not in out.strip().split("error: ")[-1]
+
+
+def run_in_process(options, monkeypatch, capsys) -> str:
+    """The script's own `__main__` block without a new interpreter; returns its error line."""
+    import runpy
+
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stopped.value.code != 0
+    message = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
+    return message[message.index("error: ") :]
+
+
+def test_an_unreadable_image_is_named_and_can_be_skipped(flags, tmp_path, captioned_images, monkeypatch, capsys):
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    whole = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(whole[: len(whole) // 2])
+    assert "2.png" in run_in_process(flags(train_data_dir=folder), monkeypatch, capsys)
+    launch(*flags(train_data_dir=folder, skip_bad_images=True, max_train_steps=1))
+
+
+def test_a_lora_of_another_model_is_refused(flags, tmp_path, monkeypatch, capsys):
+    from peft import LoraConfig
+
+    from acpo_utils.checkpoints import save_lora
+    from tests.conftest import tiny_unet
+
+    other = tiny_unet(block_out_channels=(8, 32))
+    other.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    (tmp_path / "other").mkdir()
+    save_lora(other, tmp_path / "other")
+    assert "another model" in run_in_process(flags(lora_path=tmp_path / "other"), monkeypatch, capsys)
