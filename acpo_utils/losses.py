@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from diffusers.training_utils import compute_snr
 
 
-def diffusion_target(noise_scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+def diffusion_target(
+    noise_scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
     """What the model is trained to predict, by the scheduler's `prediction_type`: noise, velocity or sample.
 
     Args:

@@ -29,8 +29,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from acpo_utils import comparison
 from acpo_utils.anchor import base_prediction
-from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint, load_lora, read_lora_config
-from acpo_utils.checkpoints import register_lora_hooks, save_checkpoint, save_lora
+from acpo_utils.checkpoints import (
+    atomic_write,
+    checkpoint_step,
+    find_checkpoint,
+    load_lora,
+    read_lora_config,
+    register_lora_hooks,
+    save_checkpoint,
+    save_lora,
+)
 from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images, read_prompts
 from acpo_utils.evaluators import check_evaluator, load_evaluator
 from acpo_utils.hub import push_to_hub, save_model_card
@@ -54,7 +62,9 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
             late_timesteps = sample_late_timesteps(len(latents), args.tmax, generator, latents.device)  # (B,)
             late_latents = noise_scheduler.add_noise(latents, noise, late_timesteps)  # (B, 4, h, w)  z_t
         else:  # z_t is the current model's own sample
-            late_latents, late_timesteps = rollout(latents.shape, unet, text_encoder, batch, noise_scheduler, generator, args)
+            late_latents, late_timesteps = rollout(
+                latents.shape, unet, text_encoder, batch, noise_scheduler, generator, args
+            )
         if args.anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
             base_pred = base_prediction(unet, late_latents, late_timesteps, prompt_embeds)  # (B, 4, h, w)  eps_theta
         # One student pass serves L_anchor, L_quality and, with --diffusion_timesteps late, L_diff.
@@ -78,7 +88,9 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
             timesteps = torch.randint(num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # (B, 4, h, w)  z_t, any t
             model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]  # (B, 4, h, w)
-        loss_diffusion = diffusion_loss(noise_scheduler, model_pred, latents, noise, timesteps, args.snr_gamma)  # (eq. 8)
+        loss_diffusion = diffusion_loss(
+            noise_scheduler, model_pred, latents, noise, timesteps, args.snr_gamma
+        )  # (eq. 8)
 
     loss, terms = acpo_objective(
         *(loss_diffusion, loss_anchor, loss_quality),
@@ -152,7 +164,9 @@ def parse_args():
     add("--anchor_weight", type=float, default=1.0, help="lambda_anchor of eq. 9")
     add("--diffusion_weight", type=float, default=1.0, help="weight of L_diff; 1 in the paper")
     add("--diffusion_timesteps", choices=["full", "late"], default="full", help="late shares the late forward pass")
-    add("--late_start", choices=["data", "rollout"], default="data", help="z_t from real images, or sampled from noise")
+    add(
+        "--late_start", choices=["data", "rollout"], default="data", help="z_t from real images, or sampled from noise"
+    )
     add("--late_steps", type=int, default=1, help="K denoising steps from t to 0; 1 is the one-step estimate")
     add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
     add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
@@ -165,7 +179,11 @@ def parse_args():
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--gradient_checkpointing", action="store_true", help="of the U-Net and of the VAE's decoder")
     add("--learning_rate", type=float, default=2e-5)
-    add("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT], default="constant")
+    add(
+        "--lr_scheduler",
+        choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
+        default="constant",
+    )
     add("--lr_warmup_steps", type=int, default=0)
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
@@ -199,7 +217,9 @@ def parse_args():
     args.demo = args.pretrained_model_name_or_path is None
     if args.demo:
         if not DEMO_DIR.is_dir():
-            parser.error(f"no --pretrained_model_name_or_path, and the demo is not at {DEMO_DIR}: name a model, or clone the repository")
+            parser.error(
+                f"no --pretrained_model_name_or_path, and the demo is not at {DEMO_DIR}: name a model, or clone the repository"
+            )
         parser.set_defaults(**DEMO)
         args = parser.parse_args(namespace=argparse.Namespace(demo=True))
     args.lora_alpha = args.lora_alpha or args.rank
@@ -247,7 +267,9 @@ def load_models(args, weight_dtype, device):
         raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {args.tmax}")
     multiple = 2 ** (len(vae.config.block_out_channels) - 1) * 2 ** (len(unet.config.block_out_channels) - 1)
     if args.resolution < 1 or args.resolution % multiple:
-        raise ValueError(f"--resolution must be a multiple of {multiple} for this VAE and U-Net, got {args.resolution}")
+        raise ValueError(
+            f"--resolution must be a multiple of {multiple} for this VAE and U-Net, got {args.resolution}"
+        )
     for model in (text_encoder, vae, unet):
         model.requires_grad_(False)
         model.to(device)
@@ -302,7 +324,9 @@ def main(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
     )
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO
+    )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     set_seed(args.seed)
     if args.demo:
@@ -385,7 +409,9 @@ def main(args):
         seed=args.seed,
         num_samples=args.max_train_steps * samples_per_step,
     )
-    own_samples = range(first_step * samples_per_step + accelerator.process_index, len(train_set), accelerator.num_processes)
+    own_samples = range(
+        first_step * samples_per_step + accelerator.process_index, len(train_set), accelerator.num_processes
+    )
     batches = iter(
         DataLoader(
             Subset(train_set, own_samples),
@@ -395,7 +421,9 @@ def main(args):
             generator=torch.Generator().manual_seed(args.seed),
         )
     )
-    empty_ids = tokenizer("", padding="max_length", truncation=True, return_tensors="pt").input_ids.to(accelerator.device)
+    empty_ids = tokenizer("", padding="max_length", truncation=True, return_tensors="pt").input_ids.to(
+        accelerator.device
+    )
 
     def next_batch():
         batch = next(batches)
@@ -413,16 +441,27 @@ def main(args):
             images = decode_latents(vae, latents)
         check_evaluator(evaluator, images, probe["prompts"])
 
-    accelerator.init_trackers("acpo-lora-sd", config={k: v for k, v in vars(args).items() if v is not None and k != "hub_token"})
+    accelerator.init_trackers(
+        "acpo-lora-sd", config={k: v for k, v in vars(args).items() if v is not None and k != "hub_token"}
+    )
     logger.info("***** Running training *****")
-    logger.info(f"  {len(dataset)} images, {sum(p.numel() for p in lora_parameters)} trained parameters, steps {first_step}..{args.max_train_steps}")
-    progress = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, disable=not accelerator.is_local_main_process)
+    logger.info(
+        f"  {len(dataset)} images, {sum(p.numel() for p in lora_parameters)} trained parameters, steps {first_step}..{args.max_train_steps}"
+    )
+    progress = tqdm(
+        range(first_step, args.max_train_steps),
+        initial=first_step,
+        total=args.max_train_steps,
+        disable=not accelerator.is_local_main_process,
+    )
     skipped_steps = skipped_in_a_row = 0
     for step in progress:
         for micro_step in range(args.gradient_accumulation_steps):
             generator = step_generator(args.seed, step, micro_step, accelerator.process_index)
             with accelerator.accumulate(unet):
-                loss, terms = training_step(next_batch(), unet, vae, text_encoder, evaluator, noise_scheduler, generator, args)
+                loss, terms = training_step(
+                    next_batch(), unet, vae, text_encoder, evaluator, noise_scheduler, generator, args
+                )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm).item()
@@ -440,7 +479,10 @@ def main(args):
                 f"the gradient was not finite in ten steps in a row, up to step {step + 1}: lower --learning_rate or "
                 f"--quality_weight, or use bf16 in place of fp16. Checkpoints in {args.output_dir} are as they were."
             )
-        logs = {name: term.item() for name, term in terms.items()} | {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        logs = {name: term.item() for name, term in terms.items()} | {
+            "grad_norm": grad_norm,
+            "lr": lr_scheduler.get_last_lr()[0],
+        }
         accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step + 1)
         progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
 
@@ -458,18 +500,50 @@ def main(args):
     if accelerator.is_main_process:
         unet = accelerator.unwrap_model(unet)
         save_lora(unet, args.output_dir)
-        finish(unet, vae, text_encoder, tokenizer, noise_scheduler, evaluator, judge, eval_prompts, skipped_steps, accelerator, args)
+        finish(
+            unet,
+            vae,
+            text_encoder,
+            tokenizer,
+            noise_scheduler,
+            evaluator,
+            judge,
+            eval_prompts,
+            skipped_steps,
+            accelerator,
+            args,
+        )
     accelerator.end_training()
 
 
 def sample(pipeline, prompts, description, args):
     """Images (N, 3, H, W) in [0, 1]; the same prompt list and seed give the same initial noise."""
     return comparison.sample_images(
-        *(pipeline, prompts, args.seed, args.eval_batch_size, args.num_inference_steps, args.guidance_scale, description)
+        *(
+            pipeline,
+            prompts,
+            args.seed,
+            args.eval_batch_size,
+            args.num_inference_steps,
+            args.guidance_scale,
+            description,
+        )
     )
 
 
-def finish(unet, vae, text_encoder, tokenizer, noise_scheduler, evaluator, judge, eval_prompts, skipped_steps, accelerator, args):
+def finish(
+    unet,
+    vae,
+    text_encoder,
+    tokenizer,
+    noise_scheduler,
+    evaluator,
+    judge,
+    eval_prompts,
+    skipped_steps,
+    accelerator,
+    args,
+):
     """Base against fine-tuned on held-out prompts: comparison.png, metrics.json, a printed table, the model card."""
     output_dir = Path(args.output_dir)
     prompts = eval_prompts or [args.validation_prompt] * args.num_validation_images * bool(args.validation_prompt)
@@ -502,7 +576,9 @@ def finish(unet, vae, text_encoder, tokenizer, noise_scheduler, evaluator, judge
             scores=guide_scores,
         )
         pictures = ["comparison.png"]
-        print(f"\n{table}\n\nPictures: {output_dir / 'comparison.png'}   LoRA: {output_dir / 'pytorch_lora_weights.safetensors'}")
+        print(
+            f"\n{table}\n\nPictures: {output_dir / 'comparison.png'}   LoRA: {output_dir / 'pytorch_lora_weights.safetensors'}"
+        )
     save_model_card(
         output_dir,
         base_model=args.pretrained_model_name_or_path,

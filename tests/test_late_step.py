@@ -116,7 +116,14 @@ def test_rollout_ends_inside_the_window():
     unet, scheduler = tiny_unet().eval(), tiny_scheduler()
     embeds, negative = torch.randn(2, 16, 32), torch.randn(1, 16, 32)
     latents, timesteps = rollout_late_latents(
-        unet, scheduler, embeds, negative, (2, 4, 8, 8), 300, num_inference_steps=10, generator=torch.Generator().manual_seed(0)
+        unet,
+        scheduler,
+        embeds,
+        negative,
+        (2, 4, 8, 8),
+        300,
+        num_inference_steps=10,
+        generator=torch.Generator().manual_seed(0),
     )
     assert latents.shape == (2, 4, 8, 8) and not latents.requires_grad
     assert timesteps.tolist() == [201, 201]  # leading spacing with offset 1: 901, ..., 301, 201

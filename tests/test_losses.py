@@ -19,7 +19,9 @@ def test_diffusion_loss_against_float64(sample, prediction_type):
     scheduler = tiny_scheduler(prediction_type=prediction_type)
     abar = scheduler.alphas_cumprod.double().numpy()[timesteps].reshape(-1, 1, 1, 1)
     x0, eps = latents.double().numpy(), noise.double().numpy()
-    target = {"epsilon": eps, "v_prediction": np.sqrt(abar) * eps - np.sqrt(1 - abar) * x0, "sample": x0}[prediction_type]
+    target = {"epsilon": eps, "v_prediction": np.sqrt(abar) * eps - np.sqrt(1 - abar) * x0, "sample": x0}[
+        prediction_type
+    ]
     expected = ((pred.double().numpy() - target) ** 2).mean()
     assert diffusion_loss(scheduler, pred, latents, noise, timesteps).item() == pytest.approx(expected, rel=1e-5)
 
@@ -33,7 +35,9 @@ def test_min_snr_weighting_against_float64(sample, prediction_type):
     weights = snr.clamp(max=5.0) / (snr if prediction_type == "epsilon" else snr + 1)
     target = diffusion_target(scheduler, latents, noise, timesteps).double()
     expected = (weights * ((pred.double() - target) ** 2).mean((1, 2, 3))).mean().item()
-    assert diffusion_loss(scheduler, pred, latents, noise, timesteps, snr_gamma=5.0).item() == pytest.approx(expected, rel=1e-4)
+    assert diffusion_loss(scheduler, pred, latents, noise, timesteps, snr_gamma=5.0).item() == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_unknown_prediction_type_is_named(sample):

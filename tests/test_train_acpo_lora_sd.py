@@ -40,7 +40,12 @@ def flags(tiny_pipeline, tiny_guide, captioned_images, tmp_path):
             "report_to": "none",
             "output_dir": tmp_path / output,
         } | changes
-        return [str(part) for k, v in options.items() if v is not None for part in ([f"--{k}"] if v is True else [f"--{k}", v])]
+        return [
+            str(part)
+            for k, v in options.items()
+            if v is not None
+            for part in ([f"--{k}"] if v is True else [f"--{k}", v])
+        ]
 
     return build
 
@@ -54,7 +59,9 @@ def test_outputs_checkpoints_and_comparison(flags, lora_of, tmp_path, tiny_pipel
     (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\na green wall\n")
     out = launch(
         *flags(checkpointing_steps=1, checkpoints_total_limit=2, eval_prompts=tmp_path / "prompts.txt"),
-        *flags(num_inference_steps=2, validation_prompt="a red wall", validation_steps=2, num_validation_images=2, rank=3),
+        *flags(
+            num_inference_steps=2, validation_prompt="a red wall", validation_steps=2, num_validation_images=2, rank=3
+        ),
         *["--lora_alpha", "6", "--lora_target_modules", "to_q,to_k,to_v,to_out.0,proj_in,ff.net.2"],
     )
     folder = tmp_path / "out"
@@ -100,7 +107,9 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(flags, lora_of, tmp_pat
     launch(*flags("resumed", checkpointing_steps=2, resume_from_checkpoint="latest", **options))
     whole, resumed = lora_of("whole"), lora_of("resumed")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    states = [torch.load(tmp_path / n / "checkpoint-4" / "optimizer.bin", weights_only=True) for n in ("whole", "resumed")]
+    states = [
+        torch.load(tmp_path / n / "checkpoint-4" / "optimizer.bin", weights_only=True) for n in ("whole", "resumed")
+    ]
     for first, second in zip(states[0]["state"].values(), states[1]["state"].values(), strict=True):
         assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -117,7 +126,16 @@ def test_a_copy_in_an_empty_folder_runs_and_weights_of_zero_are_a_plain_lora_run
 
 
 def test_rollout_chain_late_diffusion_and_continuing_from_a_lora(flags, lora_of, tmp_path):
-    launch(*flags("first", diffusion_timesteps="late", late_steps=3, late_backprop_steps=1, gradient_checkpointing=True, rank=2))
+    launch(
+        *flags(
+            "first",
+            diffusion_timesteps="late",
+            late_steps=3,
+            late_backprop_steps=1,
+            gradient_checkpointing=True,
+            rank=2,
+        )
+    )
     launch(
         *flags("second", late_start="rollout", tmax=300, num_inference_steps=5, guidance_scale=2, max_train_steps=1),
         *["--lora_path", tmp_path / "first", "--diffusion_weight", "0"],

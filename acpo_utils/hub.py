@@ -1,0 +1,112 @@
+"""The model card of a trained folder, and its upload to the Hugging Face hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from acpo_utils.checkpoints import LORA_NAME, atomic_write
+
+
+IGNORE_PATTERNS = [
+    "checkpoint-*",
+    ".*",
+    "*.tmp",
+]  # what a training folder holds and a reader of the model has no use for
+
+LORA_USAGE = """
+## How to use
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{base_model}")
+pipeline.load_lora_weights("{folder}")
+image = pipeline("a prompt").images[0]
+```
+"""
+
+
+def save_model_card(
+    output_dir: str | Path,
+    *,
+    base_model: str,
+    model_description: str,
+    tags: Sequence[str],
+    settings: dict,
+    license: str | None = None,
+    dataset: str | None = None,
+    image_files: Sequence[str] = (),
+    metrics: str | None = None,
+) -> Path:
+    """Writes `output_dir/README.md`: what it is, how to load it, the results, and the settings of the run.
+
+    `image_files` are names of pictures in `output_dir`, `metrics` is a Markdown table. Hub ids of the base model and
+    the data set go into the card's metadata; local paths stay in its text, since the hub would refuse them there.
+    The text is given whole: the template of diffusers' `load_or_create_model_card` leaves "TODO" sections in it, and
+    a card that the repository already has on the hub would be kept in place of this run's.
+    """
+    from diffusers.utils.hub_utils import populate_model_card
+    from huggingface_hub import ModelCard, ModelCardData
+
+    output_dir = Path(output_dir)
+    data = ModelCardData(
+        base_model=None if _is_local(base_model) else base_model,
+        datasets=None if dataset is None or _is_local(dataset) else [dataset],
+        license=license,
+        library_name="diffusers",
+    )
+    sections = [f"# {output_dir.resolve().name}\n\n{model_description}\n\nBase model: {base_model}"]
+    if dataset is not None:
+        sections[0] += f"  \nTraining data: {dataset}"
+    if (output_dir / LORA_NAME).is_file():
+        sections.append(LORA_USAGE.format(base_model=base_model, folder=output_dir.resolve().name).strip())
+    if metrics or image_files:
+        pictures = "\n".join(f"![{Path(name).stem}]({name})" for name in image_files)
+        sections.append("\n\n".join(part for part in ("## Results", metrics, pictures) if part))
+    rows = "\n".join(f"| `{name}` | {_cell(value)} |" for name, value in sorted(settings.items()))
+    sections.append(f"## Training settings\n\n| setting | value |\n|---|---|\n{rows}")
+
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n", ignore_metadata_errors=False)
+    populate_model_card(card, tags=list(tags))
+    with atomic_write(output_dir / "README.md") as temporary:
+        card.save(temporary)
+    return output_dir / "README.md"
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).exists() or name.count("/") > 1
+
+
+def _cell(value) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def push_to_hub(
+    output_dir: str | Path,
+    hub_model_id: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Uploads `output_dir` without its checkpoints and returns the repository's id.
+
+    `hub_model_id` is by default the folder's name, in the account of the token. Raises ValueError with the reason if
+    the hub cannot be reached or refuses; what was trained stays in `output_dir`.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        repo_id = create_repo(hub_model_id or Path(output_dir).resolve().name, exist_ok=True, token=token).repo_id
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=output_dir,
+            commit_message=commit_message,
+            ignore_patterns=IGNORE_PATTERNS,
+            token=token,
+        )
+    except (HTTPError, OSError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise ValueError(
+            f"{output_dir} was not uploaded: {' '.join(str(error).split())} All of it is still there: "
+            f"`hf upload REPOSITORY {output_dir}` tries again."
+        ) from error
+    return repo_id

