@@ -1,5 +1,7 @@
 """Base against fine-tuned model: the same prompts, the same initial noise; a table with statistics and a picture."""
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,7 +9,6 @@ from tqdm.auto import tqdm
 
 from acpo_utils.checkpoints import atomic_write
 from acpo_utils.seeds import step_generator
-from acpo_utils.statistics import paired_comparison
 
 
 def sample_images(
@@ -25,32 +26,27 @@ def sample_images(
     with tqdm(total=len(prompts), desc=description) as progress:
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
-            images.append(
-                pipeline(
-                    chunk,
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    generator=[step_generator(seed, start + i) for i in range(len(chunk))],
-                    output_type="pt",
-                )
-                .images.float()
-                .cpu()
+            output = pipeline(
+                chunk,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=[step_generator(seed, start + i) for i in range(len(chunk))],
+                output_type="pt",
             )
+            images.append(output.images.float().cpu())
             progress.update(len(chunk))
     return torch.cat(images)
 
 
 @torch.no_grad()
 def score_images(evaluator, images: torch.Tensor, prompts: list[str], device, batch_size: int = 32) -> torch.Tensor:
-    """(N,) scores on the CPU, in the evaluator's own range."""
-    return torch.cat(
-        [
-            evaluator.score(images[start : start + batch_size].to(device), prompts[start : start + batch_size])
-            .float()
-            .cpu()
-            for start in range(0, len(images), batch_size)
-        ]
-    )
+    """(N,) scores on the CPU, multiplied into the evaluator's `score_range` if it has one."""
+    low, high = getattr(evaluator, "score_range", (0.0, 1.0))
+    scores = []
+    for start in range(0, len(images), batch_size):
+        chunk = slice(start, start + batch_size)
+        scores.append(evaluator.score(images[chunk].to(device), prompts[chunk]).float().cpu())
+    return low + (high - low) * torch.cat(scores)
 
 
 def comparison_table(comparisons: dict[str, dict]) -> str:
@@ -69,18 +65,18 @@ def comparison_picture(
     base: torch.Tensor,
     finetuned: torch.Tensor,
     prompts: list[str],
-    scores: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scores: Sequence[torch.Tensor] | None = None,
     columns: int = 8,
+    rows: int = 2,
 ) -> None:
-    """Writes a PNG: pairs of rows, base above fine-tuned, the prompt above and the guide's score below each image.
+    """Writes a PNG of the first `rows` x `columns` pairs, base above fine-tuned, prompt above, guide's score below.
 
     Args:
         base, finetuned: (N, 3, H, W) in [0, 1], same prompts and noise. scores: (base (N,), fine-tuned (N,)).
     """
-    import textwrap
-
     from matplotlib.figure import Figure
 
+    prompts = prompts[: rows * columns]
     rows = -(-len(prompts) // columns)
     figure = Figure(figsize=(1.75 * columns, 4.6 * rows), layout="constrained", dpi=110)
     axes = figure.subplots(2 * rows, columns, squeeze=False)
@@ -89,22 +85,10 @@ def comparison_picture(
     for i, prompt in enumerate(prompts):
         for k, (label, images) in enumerate((("base", base), ("ACPO", finetuned))):
             axis = axes[2 * (i // columns) + k, i % columns]
-            axis.imshow(
-                images[i].permute(1, 2, 0).numpy(), interpolation="lanczos" if images.shape[-1] >= 256 else "nearest"
-            )
+            axis.imshow(images[i].permute(1, 2, 0).numpy(), interpolation="nearest")
             if k == 0:
                 axis.set_title("\n".join(textwrap.wrap(prompt, 24)[:3]), fontsize=7)
             caption = label if scores is None else f"{label}  {scores[k][i]:.2f}"
             axis.text(0.5, -0.04, caption, transform=axis.transAxes, ha="center", va="top", fontsize=7)
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
-
-
-def compare(base: dict[str, torch.Tensor], finetuned: dict[str, torch.Tensor], ranges: dict[str, tuple]) -> dict:
-    """`paired_comparison` per metric, scores of (0, 1) evaluators multiplied into their reporting range."""
-    comparisons = {}
-    for name in base:
-        low, high = ranges.get(name, (0.0, 1.0))
-        scaled = [(low + (high - low) * scores[name]).double().numpy() for scores in (base, finetuned)]
-        comparisons[name] = paired_comparison(*scaled)
-    return comparisons

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pyarrow import ArrowException, parquet
 from tqdm.auto import tqdm
 
 
@@ -263,10 +264,12 @@ def read_prompts(path: str | Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"Prompt file {path}: expected UTF-8 text, found byte {error.start} undecodable.") from error
     if path.suffix == ".parquet":
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
-        rows = table.select_columns(
-            [name for name in table.column_names if name.lower() in ("prompt", "text")]
-        ).to_list()
+        try:
+            table = parquet.ParquetFile(path)
+            names = [name for name in table.schema_arrow.names if name.lower() in ("prompt", "text")]
+            rows = table.read(columns=names).to_pylist()  # and not the images beside them
+        except ArrowException as error:
+            raise ValueError(f"Prompt file {path} is damaged: {_reason(error)}") from error
     elif path.suffix in (".csv", ".tsv"):
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
     elif path.suffix == ".jsonl":

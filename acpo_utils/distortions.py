@@ -160,7 +160,9 @@ def _color_saturation_lab(x, factor, rng, scale):
 
 
 def _jpeg2000(x, ratio, rng, scale):
-    return _through_codec(x, format="JPEG2000", no_jp2=True, quality_mode="rates", quality_layers=[ratio], irreversible=True)
+    return _through_codec(
+        x, format="JPEG2000", no_jp2=True, quality_mode="rates", quality_layers=[ratio], irreversible=True
+    )
 
 
 def _jpeg(x, quality, rng, scale):

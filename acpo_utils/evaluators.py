@@ -17,7 +17,7 @@ SPECS = '"ipce:PATH", PATH of a saved evaluator, or "python:MODULE:NAME"'
 
 def __getattr__(name: str):
     if name == "IPCE":
-        from .ipce import IPCE
+        from acpo_utils.ipce import IPCE
 
         return IPCE
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -55,7 +55,7 @@ def load_evaluator(spec: str, device: str | torch.device | None = None):
     on_hub = kind == "ipce" and path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists()
     if not on_hub:
         _require_class(spec, Path(path), "IPCE")
-    from .ipce import IPCE
+    from acpo_utils.ipce import IPCE
 
     try:
         evaluator = IPCE.from_pretrained(path)
@@ -78,7 +78,9 @@ def _require_class(spec: str, folder: Path, class_name: str) -> None:
     except ValueError as error:
         raise ValueError(f"Evaluator {spec!r}: {folder / 'config.json'} is not valid JSON ({error}).") from error
     if found != class_name:
-        raise ValueError(f"Evaluator {spec!r}: expected class {class_name} in config.json of {folder}, found {found!r}.")
+        raise ValueError(
+            f"Evaluator {spec!r}: expected class {class_name} in config.json of {folder}, found {found!r}."
+        )
 
 
 def _load_callable(spec: str, rest: str, device: str | torch.device | None) -> PythonEvaluator:
@@ -119,9 +121,12 @@ def check_evaluator(evaluator, images: torch.Tensor, prompts: list[str] | None =
         raise ValueError(f"Evaluator {name}: expected scores in (0, 1), found {found}.")
     gradient = None
     if scores.requires_grad:
-        (gradient,) = torch.autograd.grad(scores.float().sum(), images, allow_unused=True)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(scores.float().sum(), images, allow_unused=True)
     if gradient is None:
-        raise ValueError(f"Evaluator {name}: expected scores that are differentiable in the images, found no gradient.")
+        raise ValueError(
+            f"Evaluator {name}: expected scores that are differentiable in the images, found no gradient."
+        )
     if not bool(gradient.isfinite().all()):
         raise ValueError(f"Evaluator {name}: expected a finite gradient to the images, found nan or inf.")
     if not bool(gradient.any()):

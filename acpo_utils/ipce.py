@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
-from .clip import build_clip, build_tokenizer, load_open_clip, resolve_layers
+from acpo_utils.clip import build_clip, build_tokenizer, load_open_clip, resolve_layers
 
 
 HEADS = ("alignment_structure", "prompt_levels")
@@ -84,6 +84,8 @@ class IPCE(ModelMixin, ConfigMixin):
         self.register_to_config(crop_resolution=crop_resolution, crop_stride=crop_stride)
         if head == "alignment_structure":
             layers = resolve_layers(self.clip.visual, structure_layers)
+            trunk = getattr(self.clip.visual, "trunk", None)  # of timm, where a first token may also be a register
+            self.has_class_token = trunk is None or getattr(trunk, "cls_token", None) is not None
             self.register_to_config(structure_layers=layers)
             self.layer_logits = torch.nn.Parameter(torch.zeros(len(layers)))  # w_l = softmax(layer_logits)
             self.a = torch.nn.Parameter(torch.tensor(10.0))
@@ -153,8 +155,8 @@ class IPCE(ModelMixin, ConfigMixin):
 
         agreement = []
         for layer, patches in enumerate(output["image_intermediates"]):  # (B, P, C)
-            if "image_intermediates_prefix" in output:
-                token = output["image_intermediates_prefix"][layer][:, :1]  # class token, (B, 1, C)
+            if self.has_class_token:
+                token = output["image_intermediates_prefix"][layer][:, :1]  # (B, 1, C)
             else:  # SigLIP has none: the mean token is what stands for the whole image there
                 token = patches.mean(1, keepdim=True)
             agreement.append(F.cosine_similarity(patches.float(), token.float(), dim=-1).mean(1))  # (B,)
@@ -218,7 +220,9 @@ class IPCE(ModelMixin, ConfigMixin):
             if len(too_long):
                 self._warned_of_truncation = True
                 text = texts[too_long[0].item()]
-                warnings.warn(f"Texts longer than {context} tokens are truncated; first: {text[:80]!r}...", stacklevel=2)
+                warnings.warn(
+                    f"Texts longer than {context} tokens are truncated; first: {text[:80]!r}...", stacklevel=2
+                )
         return self.tokenizer(texts)
 
     @classmethod

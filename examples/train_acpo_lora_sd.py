@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ from acpo_utils.hub import push_to_hub, save_model_card
 from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_late_latents, sample_late_timesteps
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.seeds import step_generator
+from acpo_utils.statistics import paired_comparison
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -62,25 +64,25 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
             late_timesteps = sample_late_timesteps(len(latents), args.tmax, generator, latents.device)  # (B,)
             late_latents = noise_scheduler.add_noise(latents, noise, late_timesteps)  # (B, 4, h, w)  z_t
         else:  # z_t is the current model's own sample
-            late_latents, late_timesteps = rollout(
-                latents.shape, unet, text_encoder, batch, noise_scheduler, generator, args
-            )
+            negative_embeds = text_encoder(batch["empty_ids"], return_dict=False)[0]  # (1, tokens, dim)
+            embeds, window = (prompt_embeds, negative_embeds), (latents.shape, args.tmax)
+            sampling = (args.num_inference_steps, args.guidance_scale, generator)
+            late_latents, late_timesteps = rollout_late_latents(unet, noise_scheduler, *embeds, *window, *sampling)
         if args.anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
             base_pred = base_prediction(unet, late_latents, late_timesteps, prompt_embeds)  # (B, 4, h, w)  eps_theta
         # One student pass serves L_anchor, L_quality and, with --diffusion_timesteps late, L_diff.
         late_pred = unet(late_latents, late_timesteps, prompt_embeds, return_dict=False)[0]  # (B, 4, h, w)  eps_phi
 
     if args.quality_weight:
-        z0 = denoise_late_steps(
-            lambda z, t: unet(z, t, prompt_embeds, return_dict=False)[0],
-            *(noise_scheduler, late_pred, late_timesteps, late_latents, args.late_steps, args.late_backprop_steps),
-        )  # (B, 4, h, w)  z_0_hat (eq. 5)
+        predict = partial(predict_with_lora, unet, prompt_embeds)
+        late = (late_pred, late_timesteps, late_latents, args.late_steps, args.late_backprop_steps)
+        z0 = denoise_late_steps(predict, noise_scheduler, *late)  # (B, 4, h, w)  z_0_hat (eq. 5)
         images = decode_latents(vae, z0)  # (B, 3, H, W) in [0, 1]  x_hat = D(z_0_hat) (eq. 5)
         scores = evaluator.score(images, batch["prompts"])  # (B,) in (0, 1)  Q(x_hat, c)
         loss_quality = quality_loss(scores)  # L_quality = mean(1 - Q) (eq. 6)
     if args.anchor_weight:
         loss_anchor = anchor_loss(late_pred, base_pred)  # L_anchor = ||eps_phi - eps_theta||^2 (eq. 7)
-    if args.diffusion_weight:
+    if args.diffusion_weight:  # L_diff = ||eps - eps_phi||^2 (eq. 8)
         if args.diffusion_timesteps == "late":
             timesteps, model_pred = late_timesteps, late_pred
         else:
@@ -88,14 +90,11 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
             timesteps = torch.randint(num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # (B, 4, h, w)  z_t, any t
             model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]  # (B, 4, h, w)
-        loss_diffusion = diffusion_loss(
-            noise_scheduler, model_pred, latents, noise, timesteps, args.snr_gamma
-        )  # (eq. 8)
+        loss_diffusion = diffusion_loss(noise_scheduler, model_pred, latents, noise, timesteps, args.snr_gamma)
 
-    loss, terms = acpo_objective(
-        *(loss_diffusion, loss_anchor, loss_quality),
-        *(args.diffusion_weight, args.anchor_weight, args.quality_weight),
-    )  # L (eq. 9)
+    losses = (loss_diffusion, loss_anchor, loss_quality)
+    weights = (args.diffusion_weight, args.anchor_weight, args.quality_weight)
+    loss, terms = acpo_objective(*losses, *weights)  # L (eq. 9)
     return loss, terms if scores is None else terms | {"score": scores.detach().mean()}
 
 
@@ -105,13 +104,8 @@ def encode_images(pixel_values, vae, generator):
     return vae.encode(pixel_values).latent_dist.sample(generator) * vae.config.scaling_factor
 
 
-def rollout(shape, unet, text_encoder, batch, noise_scheduler, generator, args):
-    prompt_embeds = text_encoder(batch["input_ids"], return_dict=False)[0]
-    negative_embeds = text_encoder(batch["empty_ids"], return_dict=False)[0]
-    return rollout_late_latents(
-        *(unet, noise_scheduler, prompt_embeds, negative_embeds, shape),
-        *(args.tmax, args.num_inference_steps, args.guidance_scale, generator),
-    )
+def predict_with_lora(unet, prompt_embeds, latents, timesteps):
+    return unet(latents, timesteps, prompt_embeds, return_dict=False)[0]
 
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
@@ -500,85 +494,40 @@ def main(args):
     if accelerator.is_main_process:
         unet = accelerator.unwrap_model(unet)
         save_lora(unet, args.output_dir)
-        finish(
-            unet,
-            vae,
-            text_encoder,
-            tokenizer,
-            noise_scheduler,
-            evaluator,
-            judge,
-            eval_prompts,
-            skipped_steps,
-            accelerator,
-            args,
-        )
+        pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
+        finish(pipeline, {"guide": evaluator, "judge": judge}, eval_prompts, skipped_steps, accelerator.device, args)
     accelerator.end_training()
 
 
 def sample(pipeline, prompts, description, args):
     """Images (N, 3, H, W) in [0, 1]; the same prompt list and seed give the same initial noise."""
-    return comparison.sample_images(
-        *(
-            pipeline,
-            prompts,
-            args.seed,
-            args.eval_batch_size,
-            args.num_inference_steps,
-            args.guidance_scale,
-            description,
-        )
-    )
+    settings = (args.seed, args.eval_batch_size, args.num_inference_steps, args.guidance_scale)
+    return comparison.sample_images(pipeline, prompts, *settings, description)
 
 
-def finish(
-    unet,
-    vae,
-    text_encoder,
-    tokenizer,
-    noise_scheduler,
-    evaluator,
-    judge,
-    eval_prompts,
-    skipped_steps,
-    accelerator,
-    args,
-):
+def finish(pipeline, scorers, eval_prompts, skipped_steps, device, args):
     """Base against fine-tuned on held-out prompts: comparison.png, metrics.json, a printed table, the model card."""
     output_dir = Path(args.output_dir)
     prompts = eval_prompts or [args.validation_prompt] * args.num_validation_images * bool(args.validation_prompt)
     table, pictures = "", []
     if prompts:
-        pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
-        unet.disable_adapters()
+        pipeline.unet.disable_adapters()
         base = sample(pipeline, prompts, "sampling the base model", args)
-        unet.enable_adapters()
+        pipeline.unet.enable_adapters()
         finetuned = sample(pipeline, prompts, "sampling the fine-tuned model", args)
-        scorers = {"guide": evaluator} | {"judge": judge}
-        base_scores, finetuned_scores = (
-            {
-                name: comparison.score_images(scorer, images, prompts, accelerator.device)
-                for name, scorer in scorers.items()
-                if scorer is not None
-            }
-            for images in (base, finetuned)
-        )
-        ranges = {"guide": tuple(evaluator.score_range)} if evaluator is not None else {}
-        comparisons = comparison.compare(base_scores, finetuned_scores, ranges)
+        comparisons, guide_scores = {}, None
+        for name, scorer in scorers.items():
+            if scorer is not None:
+                scores = [comparison.score_images(scorer, images, prompts, device) for images in (base, finetuned)]
+                comparisons[name] = paired_comparison(*scores)
+                guide_scores = guide_scores or scores
         table = comparison.comparison_table(comparisons)
         metrics = {"comparisons": comparisons, "num_prompts": len(prompts), "skipped_steps": skipped_steps}
         with atomic_write(output_dir / "metrics.json") as temporary:
             temporary.write_text(json.dumps(metrics, indent=2))
-        guide_scores = (base_scores["guide"], finetuned_scores["guide"]) if "guide" in base_scores else None
-        shown = slice(0, 16)
-        comparison.comparison_picture(
-            *(output_dir / "comparison.png", base[shown], finetuned[shown], prompts[shown]),
-            scores=guide_scores,
-        )
+        comparison.comparison_picture(output_dir / "comparison.png", base, finetuned, prompts, guide_scores)
         pictures = ["comparison.png"]
-        print(
-            f"\n{table}\n\nPictures: {output_dir / 'comparison.png'}   LoRA: {output_dir / 'pytorch_lora_weights.safetensors'}"
-        )
+        print(f"\n{table}\n\nThe picture, the numbers and the LoRA are in {output_dir.resolve()}")
     save_model_card(
         output_dir,
         base_model=args.pretrained_model_name_or_path,

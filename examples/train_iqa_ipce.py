@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
-from datasets import Image
+from datasets import Image, get_dataset_split_names
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -87,6 +87,7 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
+    # fmt: off
     # Model
     add("--head", default="alignment_structure", choices=["alignment_structure", "prompt_levels"], help="eqs. 1-3, or the published five prompts")
     add("--clip_model", default="ViT-B-32", help="open_clip model name, or a local open_clip folder")
@@ -145,6 +146,7 @@ def parse_args():
     add("--push_to_hub", action="store_true")
     add("--hub_model_id")
     add("--hub_token")
+    # fmt: on
 
     args = parser.parse_args()
     if not args.train_data_dir and not args.dataset_name:
@@ -154,7 +156,13 @@ def parse_args():
         )
     if args.mos_range[0] >= args.mos_range[1]:
         parser.error(f"--mos_range: expected LOW below HIGH, found {args.mos_range}")
-    for name in ("train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "validation_steps", "checkpointing_steps"):
+    for name in (
+        "train_batch_size",
+        "eval_batch_size",
+        "gradient_accumulation_steps",
+        "validation_steps",
+        "checkpointing_steps",
+    ):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, found {getattr(args, name)}")
     if args.max_train_steps is not None and args.max_train_steps < 1:
@@ -171,7 +179,10 @@ def load_split(args, split):
     source = {"dataset_name": args.dataset_name, "train_data_dir": args.train_data_dir}
     if args.train_data_dir:
         folder = Path(args.train_data_dir)
-        parquet = any(file.stem == split or file.stem.startswith(f"{split}-") for file in [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+        parquet = any(
+            file.stem == split or file.stem.startswith(f"{split}-")
+            for file in [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
+        )
         if (folder / split).is_dir():
             source["train_data_dir"] = str(folder / split)
         elif split != "train" and not parquet:
@@ -217,7 +228,9 @@ def load_rows(args):
         splits["train"] = splits["train"].select([i for i, yes in enumerate(inside) if not yes])
     for split in ("validation", "test"):
         if len(set(splits[split][args.mos_column][:])) < 2:
-            raise ValueError(f"{split}: expected at least two different scores to rank, found {len(splits[split])} rows.")
+            raise ValueError(
+                f"{split}: expected at least two different scores to rank, found {len(splits[split])} rows."
+            )
     return splits
 
 
@@ -225,7 +238,9 @@ def build_model(args):
     if args.init_evaluator:
         model = IPCE.from_pretrained(args.init_evaluator)
         if model.config.head != args.head:
-            raise ValueError(f"--init_evaluator {args.init_evaluator}: expected head {args.head}, found {model.config.head}.")
+            raise ValueError(
+                f"--init_evaluator {args.init_evaluator}: expected head {args.head}, found {model.config.head}."
+            )
     else:
         model = IPCE.from_open_clip(
             args.clip_model,
@@ -254,7 +269,9 @@ def predict(model, loader, accelerator, description):
     model.eval()
     scores = []
     for batch in tqdm(loader, desc=description, leave=False, disable=not accelerator.is_local_main_process):
-        scores.append(accelerator.gather_for_metrics(model(batch["whole"], batch["crops"], batch["prompts"])).float().cpu())
+        scores.append(
+            accelerator.gather_for_metrics(model(batch["whole"], batch["crops"], batch["prompts"])).float().cpu()
+        )
     return torch.cat(scores)
 
 
@@ -264,7 +281,11 @@ def measure(rows, scores, args):
     predictions = scores.double() * (high - low) + low
     mos = torch.tensor(rows[args.mos_column][:], dtype=torch.float64)
     metrics = {name: float(value) for name, value in correlation(predictions.numpy(), mos.numpy()).items()}
-    metrics |= {"count": len(rows), "mean_score": predictions.mean().item(), "saturated": ((scores < 0.01) | (scores > 0.99)).double().mean().item()}
+    metrics |= {
+        "count": len(rows),
+        "mean_score": predictions.mean().item(),
+        "saturated": ((scores < 0.01) | (scores > 0.99)).double().mean().item(),
+    }
     if args.mismatch_column in rows.column_names:
         metrics["pairs"] = matched_above_mismatched(rows, scores, args)
     return metrics
@@ -336,7 +357,10 @@ class Best:
 
 def metrics_table(metrics):
     """Markdown: one line for validation, one for the test rows, one for each group of them."""
-    lines = ["| rows | number | SRCC | PLCC | KRCC | RMSE | own prompt above wrong ones |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| rows | number | SRCC | PLCC | KRCC | RMSE | own prompt above wrong ones |",
+        "|---|---|---|---|---|---|---|",
+    ]
     groups = {f"test, {name}": group for name, group in metrics["test"].get("groups", {}).items()}
     for name, part in ({"validation": metrics["validation"], "test": metrics["test"]} | groups).items():
         pairs = part.get("pairs", {})
@@ -389,9 +413,13 @@ def main(args):
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+        ),
     )
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO
+    )
     set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -447,14 +475,23 @@ def main(args):
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         if best.step and not Path(args.output_dir, "best").is_dir():
-            raise ValueError(f"{checkpoint} goes with the evaluator of step {best.step} in {Path(args.output_dir, 'best')}, which is missing.")
-    accelerator.init_trackers("acpo-iqa-ipce", config={k: str(v) for k, v in vars(args).items() if v is not None and k != "hub_token"})
+            raise ValueError(
+                f"{checkpoint} goes with the evaluator of step {best.step} in {Path(args.output_dir, 'best')}, which is missing."
+            )
+    accelerator.init_trackers(
+        "acpo-iqa-ipce", config={k: str(v) for k, v in vars(args).items() if v is not None and k != "hub_token"}
+    )
     logger.info("***** Running training *****")
     logger.info(
         f"  rows: {', '.join(f'{len(rows)} {split}' for split, rows in splits.items())}; "
         f"{sum(p.numel() for p in clip + head)} trained parameters; steps {first_step}..{args.max_train_steps}"
     )
-    progress = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, disable=not accelerator.is_local_main_process)
+    progress = tqdm(
+        range(first_step, args.max_train_steps),
+        initial=first_step,
+        total=args.max_train_steps,
+        disable=not accelerator.is_local_main_process,
+    )
     step = first_step
     model.train()
     for batch in loader:
@@ -462,7 +499,9 @@ def main(args):
             loss = training_step(model, batch)
             accelerator.backward(loss)
             if not math.isfinite(loss_value := loss.item()):
-                raise FloatingPointError(f"the loss became {loss_value} at step {step + 1}: lower --learning_rate, or use bf16 in place of fp16.")
+                raise FloatingPointError(
+                    f"the loss became {loss_value} at step {step + 1}: lower --learning_rate, or use bf16 in place of fp16."
+                )
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(clip + head, args.max_grad_norm).item()
             optimizer.step()
@@ -477,9 +516,13 @@ def main(args):
         if step % args.validation_steps == 0 or step == args.max_train_steps:
             scores = predict(model, validation_loader, accelerator, "validation")
             metrics = measure(splits["validation"], scores, args)
-            accelerator.log({f"validation/{name}": value for name, value in metrics.items() if name != "pairs"}, step=step)
+            accelerator.log(
+                {f"validation/{name}": value for name, value in metrics.items() if name != "pairs"}, step=step
+            )
             pairs = metrics.get("pairs", {}).get("any", {"share": math.nan})["share"]
-            logger.info(f"step {step}: validation SRCC {metrics['srcc']:.4f}, PLCC {metrics['plcc']:.4f}, pairs {pairs:.4f}")
+            logger.info(
+                f"step {step}: validation SRCC {metrics['srcc']:.4f}, PLCC {metrics['plcc']:.4f}, pairs {pairs:.4f}"
+            )
             value = (metrics["srcc"] + metrics["plcc"]) / 2
             if value > best.value or not best.step:
                 best.step, best.value = step, value

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -287,3 +289,59 @@ def test_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(path.parent) == ["metrics.json"]
+
+
+TWO_PROCESSES = """
+import os, sys
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import get_peft_model_state_dict
+from acpo_utils.checkpoints import find_checkpoint, register_lora_hooks, save_checkpoint
+from tests.test_checkpoints import lora_unet
+
+def training():
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    assert accelerator.num_processes == 2
+    unet = lora_unet(alpha=8)
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 5))
+    unet, optimizer, schedule = accelerator.prepare(unet, optimizer, schedule)
+    register_lora_hooks(accelerator, unet)
+    def step():
+        for _ in range(2):
+            with accelerator.accumulate(unet):
+                noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+                accelerator.backward((unet(noise, 5, text, return_dict=False)[0] ** 2).mean())
+                optimizer.step(); schedule.step(); optimizer.zero_grad()
+    weights = lambda: get_peft_model_state_dict(accelerator.unwrap_model(unet))
+    return accelerator, step, weights
+
+accelerator, step, weights = training()
+set_seed(accelerator.process_index)
+for number in (1, 2, 3, 4):
+    step()
+    if number == 2:
+        save_checkpoint(accelerator, sys.argv[1], number)
+expected = {name: weight.clone() for name, weight in weights().items()}
+accelerator, step, weights = training()
+accelerator.load_state(str(find_checkpoint(sys.argv[1], "latest", accelerator.num_processes)))
+step(); step()
+assert all(torch.equal(weight, expected[name]) for name, weight in weights().items())
+print(f"rank {accelerator.process_index} is exact")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_each_resume_with_their_own_random_state(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    # `accelerate launch --cpu --num_processes 2` starts one process only
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
+    result = subprocess.run(
+        [*command, "train.py", "out"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "rank 0 is exact" in result.stdout and "rank 1 is exact" in result.stdout
+    assert {f"random_states_{rank}.pkl" for rank in (0, 1)} <= set(os.listdir(tmp_path / "out" / "checkpoint-2"))

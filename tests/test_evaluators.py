@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
-from tiny_clip import CAPTIONS, build_clip_folder
 
 import acpo_utils.evaluators
 from acpo_utils.evaluators import check_evaluator, load_evaluator
+from tests.tiny_clip import CAPTIONS, build_clip_folder
 
 
 @pytest.fixture(scope="module")

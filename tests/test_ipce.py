@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny_clip import CAPTIONS, build_clip_folder
 
 from acpo_utils.ipce import IPCE
+from tests.tiny_clip import CAPTIONS, build_clip_folder
 
 
 LEVEL_PROMPTS = [
@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(folder):
     """The same open_clip model, loaded by open_clip alone, in float64, and its tokenizer."""
-    return open_clip.create_model(f"local-dir:{folder}").double().eval(), open_clip.get_tokenizer(f"local-dir:{folder}")
+    name = f"local-dir:{folder}"
+    return open_clip.create_model(name).double().eval(), open_clip.get_tokenizer(name)
 
 
 @pytest.fixture
@@ -62,7 +63,10 @@ def normalise(images):
 def layer_tokens(clip, images):
     """Output tokens of every vision block, (B, 1 + P, C) each, caught by hooks."""
     caught = []
-    hooks = [block.register_forward_hook(lambda *args: caught.append(args[2])) for block in clip.visual.transformer.resblocks]
+    hooks = [
+        block.register_forward_hook(lambda *args: caught.append(args[2]))
+        for block in clip.visual.transformer.resblocks
+    ]
     clip.visual(images)
     for hook in hooks:
         hook.remove()
@@ -134,7 +138,8 @@ def test_gradient_against_finite_differences(head, size, request):
     step = 1e-4
     with torch.no_grad():
         plus, minus = (
-            model(*model.views(images.double() + sign * step * direction), CAPTIONS[:2]).double().sum() for sign in (1, -1)
+            model(*model.views(images.double() + sign * step * direction), CAPTIONS[:2]).double().sum()
+            for sign in (1, -1)
         )
     slope = (images.grad.double() * direction).sum()
     torch.testing.assert_close((plus - minus) / (2 * step), slope, rtol=0.05, atol=2e-3 * images.grad.norm().item())

@@ -33,7 +33,9 @@ def scores_with(base_mean, finetuned_mean, std, n=500):
 def test_reproduces_t_of_the_papers_table_2(metric, base_mean, finetuned_mean, std, t):
     result = paired_comparison(*scores_with(base_mean, finetuned_mean, std))
     assert result["n"] == 500
-    assert result["base_mean"] == pytest.approx(base_mean) and result["finetuned_mean"] == pytest.approx(finetuned_mean)
+    assert result["base_mean"] == pytest.approx(base_mean) and result["finetuned_mean"] == pytest.approx(
+        finetuned_mean
+    )
     assert result["std_difference"] == pytest.approx(std)
     rounding = math.sqrt(500) * 1e-4 / std + t * 0.5e-4 / std
     assert rounding < 0.12 * t

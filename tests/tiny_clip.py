@@ -25,7 +25,9 @@ def build_tokenizer(folder: Path) -> int:
     tokenizer.add_special_tokens(["<start>", "<end>"])
     ids = [(token, tokenizer.token_to_id(token)) for token in ("<start>", "<end>")]
     tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ids)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>"
+    )
     fast.save_pretrained(folder)
     return len(fast)
 
@@ -41,6 +43,9 @@ def build_clip_folder(folder: Path, seed: int = 0, bundled_tokenizer: bool = Fal
     torch.manual_seed(seed)
     model = CLIP(**config)
     preprocess = {"size": [16, 16], "mean": [0.4, 0.5, 0.6], "std": [0.3, 0.25, 0.2], "interpolation": "bicubic"}
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     return folder

@@ -38,7 +38,13 @@ from acpo_utils.distortions import DISTORTIONS, UNCHANGED, distort
 DATA = Path(__file__).parent / "data"
 ATTRIBUTES = ("content", "style", "background")
 MATCH_FACTORS = {"content": 0.35, "style": 0.7, "background": 0.6}
-MISMATCHES = {"none": (), "content": ("content",), "style": ("style",), "background": ("background",), "all": ATTRIBUTES}
+MISMATCHES = {
+    "none": (),
+    "content": ("content",),
+    "style": ("style",),
+    "background": ("background",),
+    "all": ATTRIBUTES,
+}
 FULL_TEMPLATES = (
     "{a_content}, {style} style, on {a_background} background",
     "{a_content} in {style} style on {a_background} background",
@@ -122,7 +128,13 @@ def damage(
 
 
 def labelled_rows(
-    rows: list[dict], mismatches: list[str] | None, scores: dict, undistorted: float, part: str, rng: random.Random, progress: tqdm
+    rows: list[dict],
+    mismatches: list[str] | None,
+    scores: dict,
+    undistorted: float,
+    part: str,
+    rng: random.Random,
+    progress: tqdm,
 ) -> list[dict]:
     """Rows that share an image share `image_id`. `mismatches` None: a true prompt and one false one of a random kind."""
     values = {attribute: sorted({row[attribute] for row in rows}) for attribute in ATTRIBUTES}
@@ -185,7 +197,9 @@ def main(args: argparse.Namespace) -> None:
         Dataset.from_list(rows, features=FEATURES).to_parquet(path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
         mos = np.array([row["mos"] for row in rows])
-        print(f"{path}: {len(rows)} rows, label {mos.mean():.2f} +- {mos.std():.2f}, {path.stat().st_size / 1e6:.1f} MB")
+        print(
+            f"{path}: {len(rows)} rows, label {mos.mean():.2f} +- {mos.std():.2f}, {path.stat().st_size / 1e6:.1f} MB"
+        )
 
 
 if __name__ == "__main__":

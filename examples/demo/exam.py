@@ -100,15 +100,38 @@ def print_table(real: dict[str, float], generated: dict[str, float]) -> None:
         print(f"{name:<20}{shown[0] if reference is not None else '':>10}{shown[-1]:>12}{ratio:>8}")
 
 
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=DEMO / "pipeline")
+    parser.add_argument(
+        "--data", type=Path, default=DEMO / "data" / "new_combinations.parquet", help="or unseen_concepts"
+    )
+    parser.add_argument("--judge", type=Path, default=DEMO / "judge")
+    parser.add_argument("--guide", default=None, help='an evaluator such as "ipce:examples/demo/guide" to report too')
+    parser.add_argument("--num_prompts", type=int, default=500)
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--batch_size", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts and of each image's noise")
+    parser.add_argument("--output_dir", type=Path, default=Path("exam"))
+    parser.add_argument("--sheet", type=Path, default=None, help="10 x 10 samples, default OUTPUT_DIR/sheet.png")
+    return parser.parse_args(arguments)
+
+
 def main(args: argparse.Namespace) -> None:
     if not (args.pipeline / "model_index.json").is_file():
-        raise SystemExit(f"--pipeline: expected a StableDiffusionPipeline folder, found no {args.pipeline}/model_index.json")
+        raise SystemExit(
+            f"--pipeline: expected a StableDiffusionPipeline folder, found no {args.pipeline}/model_index.json"
+        )
     if not args.data.is_file():
         raise SystemExit(f"--data: expected a parquet file of captioned images, found no {args.data}")
     judge = load_judge(args.judge)
     dataset = load_dataset("parquet", data_files=str(args.data), split="train")
     if not 1 <= args.num_prompts <= len(dataset):
-        raise SystemExit(f"--num_prompts: expected 1 to {len(dataset)}, the images in {args.data}, found {args.num_prompts}")
+        raise SystemExit(
+            f"--num_prompts: expected 1 to {len(dataset)}, the images in {args.data}, found {args.num_prompts}"
+        )
     dataset = dataset.shuffle(seed=args.seed).select(range(args.num_prompts))
     rows = {name: list(dataset[name]) for name in ("text", "content", "background")}
     real = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in dataset["image"]])
@@ -126,7 +149,9 @@ def main(args: argparse.Namespace) -> None:
     results, features = {}, {}
     for name, pictures in (("real", real), ("generated", images)):
         results[name], features[name] = judged(judge, pictures, rows)
-        results[name]["background right"] = backgrounds_right(pictures, rows["background"], colours).float().mean().item()
+        results[name]["background right"] = (
+            backgrounds_right(pictures, rows["background"], colours).float().mean().item()
+        )
     if min(len(images), len(real)) >= 4:
         results["generated"]["KID"], results["generated"]["KID std"] = kid(features["real"], features["generated"])
     if args.guide:
@@ -154,20 +179,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, default=DEMO / "pipeline")
-    parser.add_argument("--data", type=Path, default=DEMO / "data" / "new_combinations.parquet", help="or unseen_concepts")
-    parser.add_argument("--judge", type=Path, default=DEMO / "judge")
-    parser.add_argument("--guide", default=None, help='an evaluator such as "ipce:examples/demo/guide" to report too')
-    parser.add_argument("--num_prompts", type=int, default=500)
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
-    parser.add_argument("--num_inference_steps", type=int, default=20)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--batch_size", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts and of each image's noise")
-    parser.add_argument("--output_dir", type=Path, default=Path("exam"))
-    parser.add_argument("--sheet", type=Path, default=None, help="10 x 10 samples, default OUTPUT_DIR/sheet.png")
     try:
-        main(parser.parse_args())
-    except (ValueError, ImportError) as error:
-        raise SystemExit(str(error)) from error
+        main(parse_args())
+    except (ValueError, ImportError) as error:  # bad input, in one line; the traceback would add nothing
+        raise SystemExit(str(error)) from None

@@ -86,9 +86,7 @@ def with_article(noun: str) -> str:
 
 
 def caption(row: dict[str, str], template: str) -> str:
-    return template.format(
-        **row, a_content=with_article(row["content"]), a_background=with_article(row["background"])
-    )
+    return template.format(**row, a_content=with_article(row["content"]), a_background=with_article(row["background"]))
 
 
 def named_attributes(template: str) -> list[bool]:
@@ -172,7 +170,9 @@ def build_batch(rows: list[dict], values: dict[str, list[str]], rng: random.Rand
 
 
 @torch.no_grad()
-def evaluate(model: CLIP, tokenizer: PreTrainedTokenizerFast, split: dict, wrong_per_image: int = 8) -> dict[str, float]:
+def evaluate(
+    model: CLIP, tokenizer: PreTrainedTokenizerFast, split: dict, wrong_per_image: int = 8
+) -> dict[str, float]:
     """R@1 image -> caption within the split, and how often the true caption beats one with a wrong attribute."""
     model.eval()
     rng = random.Random(0)
@@ -191,9 +191,13 @@ def evaluate(model: CLIP, tokenizer: PreTrainedTokenizerFast, split: dict, wrong
             caption(with_one_change(row, attribute, values, rng), full) for row in rows for _ in range(wrong_per_image)
         ]
         wrong = encode_text(wrong).view(len(rows), wrong_per_image, -1)
-        metrics[f"pairs_{attribute}_wrong"] = (matched > torch.einsum("nd,nkd->nk", images, wrong)).float().mean().item()
+        metrics[f"pairs_{attribute}_wrong"] = (
+            (matched > torch.einsum("nd,nkd->nk", images, wrong)).float().mean().item()
+        )
     others = (images @ own.T).masked_fill(torch.eye(len(rows), dtype=torch.bool), -torch.inf)
-    metrics["pairs_random_other"] = ((matched > others).float().sum() - len(rows)).item() / (len(rows) * (len(rows) - 1))
+    metrics["pairs_random_other"] = ((matched > others).float().sum() - len(rows)).item() / (
+        len(rows) * (len(rows) - 1)
+    )
     model.train()
     return metrics
 
@@ -244,7 +248,8 @@ def main(args: argparse.Namespace) -> None:
         }
     train = splits["train"]
     tokenizer = build_tokenizer(
-        [caption(row, template) for row in train["rows"] for template in TEMPLATES], MODEL_CONFIG["text_cfg"]["vocab_size"]
+        [caption(row, template) for row in train["rows"] for template in TEMPLATES],
+        MODEL_CONFIG["text_cfg"]["vocab_size"],
     )
     text_config = {key: MODEL_CONFIG["text_cfg"][key] for key in MODEL_CONFIG["text_cfg"] if key != "tokenizer_kwargs"}
     model = CLIP(MODEL_CONFIG["embed_dim"], MODEL_CONFIG["vision_cfg"], text_config)
@@ -252,7 +257,10 @@ def main(args: argparse.Namespace) -> None:
 
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0}],
+        [
+            {"params": decayed, "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0},
+        ],
         lr=args.learning_rate,
         betas=(0.9, 0.98),
     )
@@ -279,8 +287,14 @@ def main(args: argparse.Namespace) -> None:
         losses.append(loss.item())
         progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            metrics = {name: evaluate(model, tokenizer, splits[name]) for name in ("new_combinations", "unseen_concepts")}
-            metrics |= {"step": step, "seconds": round(time.time() - start), "train_loss": sum(losses[-100:]) / len(losses[-100:])}
+            metrics = {
+                name: evaluate(model, tokenizer, splits[name]) for name in ("new_combinations", "unseen_concepts")
+            }
+            metrics |= {
+                "step": step,
+                "seconds": round(time.time() - start),
+                "train_loss": sum(losses[-100:]) / len(losses[-100:]),
+            }
             save(model, tokenizer, metrics, args.output_dir)
             print(json.dumps(metrics, indent=2), flush=True)
 
@@ -289,7 +303,9 @@ def main(args: argparse.Namespace) -> None:
     tokens = open_clip.get_tokenizer(f"local-dir:{args.output_dir}")(["a fox, noto style, on a mint background"])
     with torch.no_grad():
         similarity = F.cosine_similarity(reloaded.encode_text(tokens), model.eval().encode_text(tokens)).item()
-    print(f"saved in {args.output_dir}; cosine of the reloaded model's text embedding to the trained one: {similarity:.4f}")
+    print(
+        f"saved in {args.output_dir}; cosine of the reloaded model's text embedding to the trained one: {similarity:.4f}"
+    )
 
 
 if __name__ == "__main__":

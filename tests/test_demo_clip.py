@@ -1,0 +1,90 @@
+"""The demo's CLIP: which captions count as true of which image, the tokenizer, and the folder that open_clip reads."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "demo" / "train_clip.py"
+ROWS = [
+    {"content": "fox", "style": "noto", "background": "mint"},
+    {"content": "fox", "style": "blob", "background": "mint"},
+    {"content": "owl", "style": "noto", "background": "teal"},
+]
+VALUES = {"content": ["fox", "owl", "cat"], "style": ["blob", "noto"], "background": ["mint", "teal"]}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_clip", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer(script):
+    captions = [script.caption(row, template) for row in ROWS for template in script.TEMPLATES]
+    return script.build_tokenizer(captions, 1024)
+
+
+def words_are_true(caption: str, row: dict[str, str]) -> bool:
+    return all(
+        row[attribute] in caption for attribute in VALUES if any(value in caption for value in VALUES[attribute])
+    )
+
+
+def test_true_captions_are_those_whose_words_are_all_true(script):
+    for seed in range(20):
+        captions, true_of = script.build_batch(ROWS, VALUES, random.Random(seed))
+        assert true_of.shape == (3, len(captions)) and true_of[:, :3].diag().all()
+        for i, row in enumerate(ROWS):
+            assert true_of[i].tolist() == [words_are_true(caption, row) for caption in captions], captions
+
+
+def test_a_true_caption_of_another_image_is_no_negative(script):
+    torch.manual_seed(0)
+    model = _tiny_clip()
+    images, tokens = torch.rand(2, 3, 16, 16), torch.randint(1, 63, (2, 8))
+    true_of = torch.ones(2, 2, dtype=torch.bool)
+    # Nothing is left to confuse the own caption with.
+    assert script.training_step(model, images, tokens, true_of).item() == pytest.approx(0.0, abs=1e-6)
+    assert script.training_step(model, images, tokens, torch.eye(2, dtype=torch.bool)).item() > 0.01
+
+
+def _tiny_clip() -> CLIP:
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    return CLIP(8, vision, text)
+
+
+def test_the_tokenizer_knows_every_text_and_ends_with_its_highest_id(script, tokenizer):
+    tokens = script.tokenize(tokenizer, ["A Fox, noto style", "übergrüner 狐"])
+    assert tokens.shape == (2, 32)
+    assert (tokens == len(tokenizer) - 1).sum(1).tolist() == [1, 1]
+    assert tokenizer.decode(tokens[1], skip_special_tokens=True).strip() == "übergrüner 狐"
+    assert tokens.max() < script.MODEL_CONFIG["text_cfg"]["vocab_size"]
+
+
+def test_augmentation_keeps_range_and_background(script):
+    images = torch.full((4, 3, 64, 64), -0.2)
+    augmented = script.augment(images, torch.Generator().manual_seed(0))
+    assert augmented.shape == images.shape
+    assert (augmented.mean((1, 2, 3)) + 0.2).abs().max() < 0.02
+
+
+def test_the_folder_is_read_by_open_clip_alone(script, tokenizer, tmp_path):
+    config = {key: value for key, value in script.MODEL_CONFIG["text_cfg"].items() if key != "tokenizer_kwargs"}
+    model = CLIP(script.MODEL_CONFIG["embed_dim"], script.MODEL_CONFIG["vision_cfg"], config).eval()
+    script.save(model, tokenizer, {"step": 1}, tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 4 + [".safetensors"]
+    reloaded = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["a fox"])
+    assert torch.equal(tokens, script.tokenize(tokenizer, ["a fox"]))
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded.encode_text(tokens), model.encode_text(tokens), atol=1e-2, rtol=1e-2)

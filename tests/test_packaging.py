@@ -1,0 +1,70 @@
+"""requirements.txt and setup.cfg say the same, and name every package that the code imports."""
+
+import ast
+import configparser
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+# Where the name to install is not the name to import.
+DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch", "skimage": "scikit-image"}
+THROUGH = {"pyarrow": "datasets", "tokenizers": "transformers", "yaml": "accelerate"}  # required by the package named
+
+
+@pytest.fixture(scope="module")
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_requirements_and_setup_cfg_are_one_list(setup_cfg):
+    requirements = lines((ROOT / "requirements.txt").read_text())
+    assert requirements[-1] == "-e .[judge,test]"
+    assert requirements[:-1] == lines(setup_cfg["options"]["install_requires"])
+
+
+def test_every_import_is_a_named_requirement(setup_cfg):
+    def names(text: str) -> set[str]:
+        return {re.split("[<>=]", line)[0].replace("-", "_").lower() for line in lines(text)}
+
+    extras = setup_cfg["options.extras_require"]
+    base = names(setup_cfg["options"]["install_requires"])
+    allowed = {
+        "acpo_utils": base | names(extras["judge"]),
+        "examples": base | names(extras["judge"]),
+        "examples/demo": base | names(extras["judge"]) | names(extras["demo"]),
+        "tests": base | names(extras["judge"]) | names(extras["test"]),
+    }
+    unnamed = set()
+    for folder, requirements in allowed.items():
+        for file in (ROOT / folder).glob("*.py"):
+            siblings = {path.stem for path in file.parent.glob("*.py")} if folder == "tests" else set()
+            for node in ast.walk(ast.parse(file.read_text())):
+                imported = []
+                if isinstance(node, ast.Import):
+                    imported = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    imported = [node.module]
+                for module in {name.split(".")[0] for name in imported}:
+                    if module in sys.stdlib_module_names or module in {"acpo_utils", "tests"} | siblings:
+                        continue
+                    name = THROUGH.get(module) or DISTRIBUTIONS.get(module, module)
+                    if name.replace("-", "_").lower() not in requirements:
+                        unnamed.add(f"{file.relative_to(ROOT)}: {module}")
+    assert not unnamed
+
+
+@pytest.mark.parametrize("name", ["main", "test"])
+def test_readme_marks_the_commands_that_ci_runs(name):
+    match = re.search(rf"^<!-- ci: {name} -->\n+```bash\n(.+?)\n```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert match, f"README.md: no code block after <!-- ci: {name} -->"
+    assert "\n" not in match[1].replace("\\\n", "")  # .ci/run appends flags to it: one command
