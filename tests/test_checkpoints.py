@@ -337,10 +337,10 @@ def test_two_processes_each_resume_with_their_own_random_state(tmp_path):
     root = Path(__file__).resolve().parent.parent
     (tmp_path / "train.py").write_text(TWO_PROCESSES)
     # `accelerate launch --cpu --num_processes 2` starts one process only
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
     result = subprocess.run(
-        [*command, "train.py", "out"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [*command, "train.py", "out"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "rank 0 is exact" in result.stdout and "rank 1 is exact" in result.stdout

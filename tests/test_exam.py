@@ -82,7 +82,7 @@ def test_exam_of_a_pipeline_that_knows_nothing(exam, tiny_pipeline, tiny_guide, 
     assert real["judge score"] > 0.5 and generated["judge score"] < 0.25
     assert generated["KID"] > 0.5
     assert not metrics["passed"]["background right in at least 90 %"]
-    assert 0 < generated["guide score"] < 1 and 0 < real["guide score"] < 1
+    assert 0 < generated["guide score"] < 5 and 0 < real["guide score"] < 5  # in IPCE's reporting range
     output = capsys.readouterr().out
     assert "caption R@1" in output and "FAILED: background right" in output
     with Image.open(tmp_path / "a" / "sheet.png") as sheet:

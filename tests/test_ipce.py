@@ -178,6 +178,19 @@ def test_save_and_load(tmp_path, head, bundled_tokenizer):
     torch.testing.assert_close(half.score(images, CAPTIONS), expected, atol=5e-3, rtol=0)
 
 
+def test_model_name_with_local_weights_file(tmp_path):
+    """What `--clip_model NAME --clip_pretrained FILE` does; the tokenizer is then the one of the named model."""
+    clip = build_clip_folder(tmp_path / "clip", bundled_tokenizer=True)
+    config = json.loads((clip / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "ViT-tiny-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "ViT-tiny-test.json")
+    named = IPCE.from_open_clip("ViT-tiny-test", str(clip / "open_clip_model.safetensors"))
+    for name, weight in load_file(clip / "open_clip_model.safetensors").items():
+        assert torch.equal(named.clip.state_dict()[name], weight)
+    assert named.config.image_mean == pytest.approx([0.48145466, 0.4578275, 0.40821073])  # open_clip's own default
+    assert named.score(random_images(1, 3, 20, 16), CAPTIONS[:1]).shape == (1,)
+
+
 def test_missing_or_foreign_tensors_raise(tmp_path, alignment):
     alignment.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"

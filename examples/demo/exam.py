@@ -10,7 +10,7 @@ background that it has not seen) and puts its images beside the real ones of the
   on the background that the prompt asks for, so that only the drawing counts);
 - background: the median colour of the outer three pixels is nearest to the one asked for, among the data's ten;
 - KID on the judge's features against the real images;
-- the mean scores of the judge and, if there is one, the guide.
+- the mean scores of the judge and, with --guide, of the guide in its reporting range.
 
 To pass: R@1 at least half of what the real images reach, the background right in at least 90 %.
 """
