@@ -1,8 +1,6 @@
-"""Captioned images and prompt files: everything is checked before training, and item n depends on (seed, n) alone."""
+"""Captioned images: everything is checked before training, and item n depends on (seed, n) alone."""
 
-import csv
 import io
-import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +10,6 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pyarrow import ArrowException, parquet
 from tqdm.auto import tqdm
 
 
@@ -249,48 +246,3 @@ def collate(items: list[dict]) -> dict:
     """{"pixel_values": (B, 3, R, R), "input_ids": (B, L) if the items have them, "prompts": list of B strings}."""
     batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "prompt"}
     return {**batch, "prompts": [item["prompt"] for item in items]}
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file (one per line), or of a .csv, .tsv, .jsonl or .parquet file (column `prompt` or `text`).
-
-    Raises ValueError naming the file (and the row) if it is missing, empty, undecodable, or has no such column.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"Prompt file not found: {path}.")
-    try:
-        text = "" if path.suffix == ".parquet" else path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Prompt file {path}: expected UTF-8 text, found byte {error.start} undecodable.") from error
-    if path.suffix == ".parquet":
-        try:
-            table = parquet.ParquetFile(path)
-            names = [name for name in table.schema_arrow.names if name.lower() in ("prompt", "text")]
-            rows = table.read(columns=names).to_pylist()  # and not the images beside them
-        except ArrowException as error:
-            raise ValueError(f"Prompt file {path} is damaged: {_reason(error)}") from error
-    elif path.suffix in (".csv", ".tsv"):
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
-    elif path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"Prompt file {path}, row {number}: expected a JSON object, {error.msg}.") from error
-    else:
-        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
-
-    prompts = []
-    for number, row in enumerate(rows, start=1):
-        columns = {str(name).lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
-        prompt = columns.get("prompt", columns.get("text"))
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(
-                f"Prompt file {path}, row {number}: expected text in column `prompt` or `text`, found {row}."
-            )
-        prompts.append(prompt.strip())
-    if not prompts:
-        raise ValueError(f"Prompt file {path} is empty: expected at least one prompt.")
-    return prompts

@@ -40,11 +40,12 @@ from acpo_utils.checkpoints import (
     save_checkpoint,
     save_lora,
 )
-from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images, read_prompts
+from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images
 from acpo_utils.evaluators import check_evaluator, load_evaluator
 from acpo_utils.hub import push_to_hub, save_model_card
 from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_late_latents, sample_late_timesteps
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
+from acpo_utils.prompts import Prompts, read_prompts
 from acpo_utils.seeds import step_generator
 from acpo_utils.statistics import paired_comparison
 
@@ -56,8 +57,9 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
     """L = L_diff + anchor_weight * L_anchor + quality_weight * L_quality (eq. 9). Returns the loss and its terms."""
     loss_diffusion = loss_anchor = loss_quality = scores = None
     prompt_embeds = text_encoder(batch["input_ids"], return_dict=False)[0]  # (B, tokens, dim)  c
-    latents = encode_images(batch["pixel_values"], vae, generator).to(prompt_embeds.dtype)  # (B, 4, h, w)  x0
-    noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)  # (B, 4, h, w)  eps
+    if "pixel_values" in batch:  # a rollout without L_diff needs prompts only
+        latents = encode_images(batch["pixel_values"], vae, generator).to(prompt_embeds.dtype)  # (B, 4, h, w)  x0
+        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)  # (B, 4, h, w)  eps
 
     if args.anchor_weight or args.quality_weight or args.diffusion_timesteps == "late":
         if args.late_start == "data":  # z_t, t < tmax, is a noised real latent
@@ -65,7 +67,7 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
             late_latents = noise_scheduler.add_noise(latents, noise, late_timesteps)  # (B, 4, h, w)  z_t
         else:  # z_t is the current model's own sample
             negative_embeds = text_encoder(batch["empty_ids"], return_dict=False)[0]  # (1, tokens, dim)
-            embeds, window = (prompt_embeds, negative_embeds), (latents.shape, args.tmax)
+            embeds, window = (prompt_embeds, negative_embeds), (latents_shape(prompt_embeds, vae, args), args.tmax)
             sampling = (args.num_inference_steps, args.guidance_scale, generator)
             late_latents, late_timesteps = rollout_late_latents(unet, noise_scheduler, *embeds, *window, *sampling)
         if args.anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
@@ -102,6 +104,11 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
 def encode_images(pixel_values, vae, generator):
     """(B, 3, H, W) in [-1, 1] -> (B, 4, h, w) latents as the U-Net sees them."""
     return vae.encode(pixel_values).latent_dist.sample(generator) * vae.config.scaling_factor
+
+
+def latents_shape(prompt_embeds, vae, args):
+    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    return (len(prompt_embeds), vae.config.latent_channels, side, side)
 
 
 def predict_with_lora(unet, prompt_embeds, latents, timesteps):
@@ -143,6 +150,7 @@ def parse_args():
     add("--dataset_name", help="hub data set with an image and a caption column")
     add("--dataset_config_name")
     add("--train_data_dir", help="image folder with metadata.jsonl, or parquet")
+    add("--train_prompts", help="prompts alone, for --late_start rollout: .txt, .csv, .jsonl or .parquet")
     add("--image_column", default="image")
     add("--caption_column", default="text")
     add("--max_train_samples", type=int)
@@ -219,8 +227,10 @@ def parse_args():
     args.lora_alpha = args.lora_alpha or args.rank
 
     # What can be said without loading anything is said now.
-    if args.dataset_name is None and args.train_data_dir is None:
-        parser.error("need training images: --dataset_name or --train_data_dir")
+    if sum(source is not None for source in (args.dataset_name, args.train_data_dir, args.train_prompts)) != 1:
+        parser.error("need one of --dataset_name, --train_data_dir and --train_prompts")
+    if args.train_prompts and (args.late_start == "data" or args.diffusion_weight):
+        parser.error("--train_prompts has no images: it needs --late_start rollout and --diffusion_weight 0")
     if args.quality_weight and args.evaluator is None:
         parser.error("--quality_weight above 0 needs an --evaluator, for example ipce:PATH (see train_iqa_ipce.py)")
     if min(args.quality_weight, args.anchor_weight, args.diffusion_weight) < 0 or not (
@@ -341,18 +351,21 @@ def main(args):
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.num_processes)
 
     # Data and prompts are checked before any model is loaded.
-    dataset = load_captioned_images(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        train_data_dir=args.train_data_dir,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
-        max_train_samples=args.max_train_samples,
-        cache_dir=args.cache_dir,
-        seed=args.seed,
-    )
-    with accelerator.main_process_first():
-        dataset = check_images(dataset, args.image_column, args.skip_bad_images)
+    if args.train_prompts:
+        dataset = read_prompts(args.train_prompts)
+    else:
+        dataset = load_captioned_images(
+            dataset_name=args.dataset_name,
+            dataset_config_name=args.dataset_config_name,
+            train_data_dir=args.train_data_dir,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            max_train_samples=args.max_train_samples,
+            cache_dir=args.cache_dir,
+            seed=args.seed,
+        )
+        with accelerator.main_process_first():
+            dataset = check_images(dataset, args.image_column, args.skip_bad_images)
     eval_prompts = read_prompts(args.eval_prompts)[: args.num_eval_prompts] if args.eval_prompts else []
     evaluator = judge = None
     if args.quality_weight:
@@ -392,17 +405,21 @@ def main(args):
         first_step = checkpoint_step(checkpoint)
         logger.info(f"Resuming from {checkpoint} at step {first_step}")
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    train_set = CaptionedImages(
-        dataset,
-        tokenizer,
-        resolution=args.resolution,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
-        seed=args.seed,
-        num_samples=args.max_train_steps * samples_per_step,
-    )
+    num_samples = args.max_train_steps * samples_per_step
+    if args.train_prompts:
+        train_set = Prompts(dataset, tokenizer, num_samples, args.seed)
+    else:
+        train_set = CaptionedImages(
+            dataset,
+            tokenizer,
+            resolution=args.resolution,
+            center_crop=args.center_crop,
+            random_flip=args.random_flip,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            seed=args.seed,
+            num_samples=num_samples,
+        )
     own_samples = range(
         first_step * samples_per_step + accelerator.process_index, len(train_set), accelerator.num_processes
     )
@@ -420,18 +437,17 @@ def main(args):
     )
 
     def next_batch():
-        batch = next(batches)
-        return {
-            "pixel_values": batch["pixel_values"].to(accelerator.device).contiguous(memory_format=torch.channels_last),
-            "input_ids": batch["input_ids"].to(accelerator.device),
-            "empty_ids": empty_ids,
-            "prompts": batch["prompts"],
-        }
+        batch = next(batches) | {"empty_ids": empty_ids}
+        return {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
     if evaluator is not None:
-        probe = collate([train_set[n] for n in range(min(2, len(train_set)))])
+        probe = next(iter(DataLoader(train_set, batch_size=2, collate_fn=collate)))
+        latents = randn_tensor(
+            latents_shape(probe["prompts"], vae, args), step_generator(args.seed), accelerator.device
+        )
+        if "pixel_values" in probe:
+            latents = encode_images(probe["pixel_values"].to(accelerator.device), vae, step_generator(args.seed))
         with torch.no_grad():
-            latents = encode_images(probe["pixel_values"].to(accelerator.device), vae, step_generator(args.seed, 0))
             images = decode_latents(vae, latents)
         check_evaluator(evaluator, images, probe["prompts"])
 
@@ -533,7 +549,7 @@ def finish(pipeline, scorers, eval_prompts, skipped_steps, device, args):
         base_model=args.pretrained_model_name_or_path,
         model_description="LoRA fine-tuned by ACPO (Anchor-Constrained Perceptual Optimization).",
         tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "acpo"],
-        dataset=args.dataset_name or args.train_data_dir,
+        dataset=args.dataset_name or args.train_data_dir or args.train_prompts,
         image_files=pictures,
         metrics=table,
         settings={k: v for k, v in vars(args).items() if v is not None and k != "hub_token"},
@@ -545,5 +561,5 @@ def finish(pipeline, scorers, eval_prompts, skipped_steps, device, args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error

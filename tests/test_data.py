@@ -18,10 +18,10 @@ from acpo_utils.data import (
     check_images,
     collate,
     load_captioned_images,
-    read_prompts,
     to_rgb,
     tokenize,
 )
+from acpo_utils.prompts import Prompts, read_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -320,3 +320,14 @@ def test_bad_prompt_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     assert message in one_line(read_prompts, tmp_path / name)
     assert "not found" in one_line(read_prompts, tmp_path / "nowhere.txt")
+
+
+def test_prompts_are_an_endless_stream_of_permutations(tokenizer):
+    prompts = ["a fox", "an owl", "a tree"]
+    stream = Prompts(prompts, tokenizer, num_samples=9, seed=1)
+    drawn = [stream[n]["prompt"] for n in range(9)]
+    assert [sorted(drawn[k : k + 3]) for k in (0, 3, 6)] == [sorted(prompts)] * 3
+    assert stream[7]["prompt"] == Prompts(prompts, tokenizer, num_samples=8, seed=1)[7]["prompt"]
+    assert len(set(map(tuple, (drawn[:3], drawn[3:6], drawn[6:])))) > 1
+    with pytest.raises(IndexError):
+        stream[9]

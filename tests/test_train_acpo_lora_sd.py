@@ -136,8 +136,10 @@ def test_rollout_chain_late_diffusion_and_continuing_from_a_lora(flags, lora_of,
             rank=2,
         )
     )
+    (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\n")
     launch(
-        *flags("second", late_start="rollout", tmax=300, num_inference_steps=5, guidance_scale=2, max_train_steps=1),
+        *flags("second", train_data_dir=None, train_prompts=tmp_path / "prompts.txt", late_start="rollout"),
+        *flags("second", train_data_dir=None, tmax=300, num_inference_steps=5, guidance_scale=2, max_train_steps=1),
         *["--lora_path", tmp_path / "first", "--diffusion_weight", "0"],
     )
     first, second = lora_of("first"), lora_of("second")

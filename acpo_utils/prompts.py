@@ -1,0 +1,79 @@
+"""Prompt files, and training on prompts alone (`--late_start rollout` needs no images)."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from pyarrow import ArrowException, parquet
+
+from acpo_utils.data import tokenize
+
+
+class Prompts(torch.utils.data.Dataset):
+    """An endless, reproducible stream of prompts, cut at `num_samples`: item n depends on (seed, n) alone.
+
+    Each epoch has its own order, drawn from (seed, epoch). Items are {"prompt": str, "input_ids": (L,) int64}, and
+    `acpo_utils.data.collate` batches them.
+    """
+
+    def __init__(self, prompts: list[str], tokenizer, num_samples: int, seed: int = 0):
+        self.prompts, self.tokenizer, self.num_samples, self.seed = prompts, tokenizer, num_samples, seed
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, n: int) -> dict:
+        if not 0 <= n < self.num_samples:
+            raise IndexError(f"item {n} of {self.num_samples}")
+        epoch, position = divmod(n, len(self.prompts))
+        order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.prompts))
+        prompt = self.prompts[int(order[position])]
+        return {"prompt": prompt, "input_ids": tokenize(self.tokenizer, [prompt])[0]}
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a text file (one per line), or of a .csv, .tsv, .jsonl or .parquet file (column `prompt` or `text`).
+
+    Raises ValueError naming the file (and the row) if it is missing, empty, undecodable, or has no such column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"Prompt file not found: {path}.")
+    try:
+        text = "" if path.suffix == ".parquet" else path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Prompt file {path}: expected UTF-8 text, found byte {error.start} undecodable.") from error
+    if path.suffix == ".parquet":
+        try:
+            table = parquet.ParquetFile(path)
+            names = [name for name in table.schema_arrow.names if name.lower() in ("prompt", "text")]
+            rows = table.read(columns=names).to_pylist()  # and not the images beside them
+        except ArrowException as error:
+            raise ValueError(f"Prompt file {path} is damaged: {error}") from error
+    elif path.suffix in (".csv", ".tsv"):
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+    elif path.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Prompt file {path}, row {number}: expected a JSON object, {error.msg}.") from error
+    else:
+        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
+
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        columns = {str(name).lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
+        prompt = columns.get("prompt", columns.get("text"))
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(
+                f"Prompt file {path}, row {number}: expected text in column `prompt` or `text`, found {row}."
+            )
+        prompts.append(prompt.strip())
+    if not prompts:
+        raise ValueError(f"Prompt file {path} is empty: expected at least one prompt.")
+    return prompts
