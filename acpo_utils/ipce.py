@@ -138,11 +138,13 @@ class IPCE(ModelMixin, ConfigMixin):
         if isinstance(prompts, str) or prompts is None or len(prompts) != len(whole):
             found = repr(prompts) if isinstance(prompts, str) or prompts is None else f"{len(prompts)} of them"
             raise ValueError(f"prompts: expected a list of {len(whole)} strings, one for each image, found {found}.")
-        if self.config.head == "alignment_structure":
-            return self._alignment_structure(whole, list(prompts))
-        return self._prompt_levels(whole, crops, list(prompts))
+        if self.config.head == "prompt_levels":
+            return self._prompt_levels(whole, crops, list(prompts))
+        s_align, s_struct = self.similarities(whole, list(prompts))
+        return torch.sigmoid(self.a * s_align + self.b * s_struct + self.bias)  # eq. 3, (B,)
 
-    def _alignment_structure(self, whole: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def similarities(self, whole: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`s_align` (B,) of eq. 1 and `s_struct` (B,) of eq. 2, both in [-1, 1]; head `alignment_structure` only."""
         output = self.clip.visual.forward_intermediates(
             self._normalise(whole),
             indices=list(self.config.structure_layers),
@@ -162,8 +164,7 @@ class IPCE(ModelMixin, ConfigMixin):
             agreement.append(F.cosine_similarity(patches.float(), token.float(), dim=-1).mean(1))  # (B,)
         weights = self.layer_logits.softmax(0)  # w_l, summing to 1
         s_struct = (weights * torch.stack(agreement, dim=-1)).sum(-1)  # eq. 2, (B,)
-
-        return torch.sigmoid(self.a * s_align + self.b * s_struct + self.bias)  # eq. 3, (B,)
+        return s_align, s_struct
 
     def _prompt_levels(self, whole: torch.Tensor, crops: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Published IPCE: E = sum(i p_i), i = 1..5; 0-5 score (E - 1) / 4 * 5, here without the factor 5."""

@@ -264,6 +264,29 @@ def evaluation_loader(rows, model, args):
 
 
 @torch.no_grad()
+def fit_head(model, rows, accelerator, args, num_rows=1000):
+    """Starts a and bias of eq. 3 where the pretrained CLIP's similarities fit the ratings best (least squares).
+
+    From arbitrary numbers, training would first bend the whole CLIP until its cosines suit them: on the demo's labels
+    that cost more than the training gained.
+    """
+    rows = rows.select(range(0, len(rows), math.ceil(len(rows) / num_rows)))
+    similarities, mos = [], []
+    for batch in tqdm(
+        evaluation_loader(rows, model, args), desc="head", leave=False, disable=not accelerator.is_local_main_process
+    ):
+        s_align, s_struct = model.similarities(batch["whole"].to(accelerator.device), batch["prompts"])
+        similarities.append(torch.stack([s_align, torch.ones_like(s_align), s_struct], dim=-1))  # (B, 3)
+        mos.append(batch["mos"])
+    similarities, target = torch.cat(similarities).cpu().double(), torch.cat(mos).double().clamp(0.02, 0.98).logit()
+    solution = torch.linalg.lstsq(
+        similarities[:, :2], (target - model.b.item() * similarities[:, 2]).unsqueeze(1)
+    ).solution
+    model.a.fill_(solution[0].item())
+    model.bias.fill_(solution[1].item())
+
+
+@torch.no_grad()
 def predict(model, loader, accelerator, description):
     """Scores (number of rows,) of all rows of `loader`, in order, on every process."""
     model.eval()
@@ -434,7 +457,10 @@ def main(args):
         splits = load_rows(args)
     if args.group_column and args.group_column not in splits["test"].column_names:
         raise ValueError(f"--group_column {args.group_column}: expected one of {splits['test'].column_names}.")
-    model = build_model(args)
+    model = build_model(args).to(accelerator.device)
+    if args.head == "alignment_structure" and not args.init_evaluator and not checkpoint:
+        fit_head(model, splits["train"], accelerator, args)
+        logger.info(f"head at the start: a {model.a.item():.3f}, b {model.b.item():.3f}, bias {model.bias.item():.3f}")
 
     # Only the head's numbers are far from where they belong at the start, and they are few: a rate of their own.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -169,7 +169,7 @@ def test_bad_input_is_one_line_that_names_it(flags, case, monkeypatch, capsys):
     assert expected in out and "\n" not in out.strip().split("error: ")[-1]
 
 
-def run_in_process(options, monkeypatch, capsys) -> str:
+def run_in_process(options, monkeypatch, capsys, fails=True) -> str | None:
     """The script's own `__main__` block without a new interpreter; returns its error line."""
     import runpy
 
@@ -178,11 +178,41 @@ def run_in_process(options, monkeypatch, capsys) -> str:
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    if not fails:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return None
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stopped.value.code != 0
     message = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
     return message[message.index("error: ") :]
+
+
+def test_ten_steps_that_are_not_finite_end_the_run_and_keep_the_checkpoint(flags, tmp_path, monkeypatch, capsys):
+    options = flags(evaluator="python:tests.guides:breaks_after_the_contract_check", max_train_steps=12)
+    out = run_in_process(
+        [*options, "--checkpointing_steps", "5", "--checkpoints_total_limit", "1"], monkeypatch, capsys
+    )
+    assert "not finite in ten steps in a row, up to step 10" in out
+    # Every step was skipped: the checkpoint of step 5 holds the LoRA as it was initialised, lora_B at zero.
+    saved = load_file(tmp_path / "out" / "checkpoint-5" / "pytorch_lora_weights.safetensors")
+    assert all(w.isfinite().all() and (w == 0).all() == ("lora_B" in name) for name, w in saved.items())
+
+
+def test_the_gradient_is_clipped_before_the_optimizer_sees_it(flags, monkeypatch, capsys):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def recording_step(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    run_in_process(flags(max_train_steps=2), monkeypatch, capsys, fails=False)
+    run_in_process(flags(max_train_steps=2, max_grad_norm=1e-5), monkeypatch, capsys, fails=False)
+    assert min(norms[:2]) > 2e-5, "without a limit that bites the norm is larger"
+    assert norms[2:] == pytest.approx([1e-5, 1e-5], rel=0.1)
 
 
 def test_an_unreadable_image_is_named_and_can_be_skipped(flags, tmp_path, captioned_images, monkeypatch, capsys):
