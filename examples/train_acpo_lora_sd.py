@@ -128,11 +128,11 @@ DEMO = {
     "train_batch_size": 8,
     "rank": 8,
     "learning_rate": 1e-3,
+    "quality_weight": 1.0,
     "max_train_steps": 100,
-    "num_inference_steps": 20,
+    "num_eval_prompts": 100,
+    "num_inference_steps": 15,
     "guidance_scale": 4.0,
-    "checkpointing_steps": 50,
-    "dataloader_num_workers": 0,
 }
 
 
