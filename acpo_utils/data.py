@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from acpo_utils.seeds import EpochOrder
+
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +180,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.random_flip = random_flip
         self.image_column = image_column
         self.caption_column = caption_column
-        self._permutation = (None, None)  # the last epoch used, and its order
+        self._row = EpochOrder(len(dataset), seed)
         if tokenizer is not None:
             self._warn_about_long_captions()
 
@@ -200,13 +202,6 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return self.num_samples
-
-    def _row(self, n: int) -> int:
-        epoch, position = divmod(n, len(self.dataset))
-        if self._permutation[0] != epoch:
-            rng = np.random.default_rng((self.seed, 0, epoch))
-            self._permutation = (epoch, rng.permutation(len(self.dataset)))
-        return int(self._permutation[1][position])
 
     def __getitem__(self, n: int) -> dict:
         if not 0 <= n < self.num_samples:

@@ -5,11 +5,11 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from pyarrow import ArrowException, parquet
 
 from acpo_utils.data import tokenize
+from acpo_utils.seeds import EpochOrder
 
 
 class Prompts(torch.utils.data.Dataset):
@@ -20,7 +20,8 @@ class Prompts(torch.utils.data.Dataset):
     """
 
     def __init__(self, prompts: list[str], tokenizer, num_samples: int, seed: int = 0):
-        self.prompts, self.tokenizer, self.num_samples, self.seed = prompts, tokenizer, num_samples, seed
+        self.prompts, self.tokenizer, self.num_samples = prompts, tokenizer, num_samples
+        self._row = EpochOrder(len(prompts), seed)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -28,9 +29,7 @@ class Prompts(torch.utils.data.Dataset):
     def __getitem__(self, n: int) -> dict:
         if not 0 <= n < self.num_samples:
             raise IndexError(f"item {n} of {self.num_samples}")
-        epoch, position = divmod(n, len(self.prompts))
-        order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.prompts))
-        prompt = self.prompts[int(order[position])]
+        prompt = self.prompts[self._row(n)]
         return {"prompt": prompt, "input_ids": tokenize(self.tokenizer, [prompt])[0]}
 
 

@@ -250,6 +250,11 @@ def parse_args():
     return args
 
 
+def settings_of(args):
+    """What was set, for the tracker and the model card; never the token."""
+    return {k: v for k, v in vars(args).items() if v is not None and k != "hub_token"}
+
+
 def load_models(args, weight_dtype, device):
     """The pipeline's parts, frozen; the VAE in fp32, since its decode is scored."""
     source = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
@@ -453,9 +458,7 @@ def main(args):
             images = decode_latents(vae, latents)
         check_evaluator(evaluator, images, probe["prompts"])
 
-    accelerator.init_trackers(
-        "acpo-lora-sd", config={k: v for k, v in vars(args).items() if v is not None and k != "hub_token"}
-    )
+    accelerator.init_trackers("acpo-lora-sd", config=settings_of(args))
     logger.info("***** Running training *****")
     logger.info(
         f"  {len(dataset)} images, {sum(p.numel() for p in lora_parameters)} trained parameters, steps {first_step}..{args.max_train_steps}"
@@ -554,7 +557,7 @@ def finish(pipeline, scorers, eval_prompts, skipped_steps, device, args):
         dataset=args.dataset_name or args.train_data_dir or args.train_prompts,
         image_files=pictures,
         metrics=table,
-        settings={k: v for k, v in vars(args).items() if v is not None and k != "hub_token"},
+        settings=settings_of(args),
     )
     if args.push_to_hub:
         push_to_hub(output_dir, args.hub_model_id, args.hub_token, "End of training")
