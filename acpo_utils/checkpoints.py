@@ -193,7 +193,7 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit:
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if final.exists():  # of an earlier run in the same folder
+        if final.exists():  # a run that was resumed from an older checkpoint writes it again
             os.replace(final, final.with_name(f"{final.name}.old.tmp"))
         os.replace(temporary, final)
         shutil.rmtree(final.with_name(f"{final.name}.old.tmp"), ignore_errors=True)
@@ -210,9 +210,15 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
 
     `resume_from_checkpoint` is "latest" (the highest checkpoint-N of `output_dir`), the name of a folder in
     `output_dir`, or a path. Raises ValueError if there is none, or if a file of it is missing or damaged: a run that
-    was asked to resume never starts anew in silence.
+    was asked to resume never starts anew in silence. A new run may not begin among the checkpoints of an older one
+    either: a later "latest" could mean one of those.
     """
     if resume_from_checkpoint is None:
+        if leftovers := _checkpoints(output_dir):
+            raise ValueError(
+                f"--output_dir {output_dir} holds {leftovers[-1].name} of an earlier run: go on with it by "
+                "--resume_from_checkpoint latest, or choose another --output_dir for a new run."
+            )
         return None
     if resume_from_checkpoint == "latest":
         if not (candidates := _checkpoints(output_dir)):

@@ -10,6 +10,7 @@ With no model named it runs the embedded demo, on a CPU in minutes. README.md ha
 import argparse
 import json
 import logging
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -480,7 +481,7 @@ def main(args):
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm).item()
-                    finite = torch.isfinite(torch.tensor(grad_norm)).item()
+                    finite = math.isfinite(grad_norm)
                     # fp16's loss scaler skips the step itself, and must see it in order to lower its scale.
                     if not finite and accelerator.scaler is None:
                         optimizer.zero_grad()

@@ -32,7 +32,7 @@ from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoin
 from acpo_utils.data import check_images, load_captioned_images, to_rgb
 from acpo_utils.evaluators import IPCE
 from acpo_utils.hub import push_to_hub, save_model_card
-from acpo_utils.seeds import step_generator
+from acpo_utils.seeds import EpochOrder, step_generator
 from acpo_utils.statistics import correlation
 
 
@@ -52,7 +52,7 @@ class RatedImages(Dataset):
         self.rows, self.args = rows.cast_column(args.image_column, Image()), args
         self.views = model.views
         self.evaluation, self.num_samples = num_samples is None, num_samples or len(rows)
-        self.permutation = (None, None)  # the last epoch used, and its order
+        self.order = EpochOrder(len(rows), args.seed)
 
     def __len__(self):
         return self.num_samples
@@ -60,11 +60,7 @@ class RatedImages(Dataset):
     def __getitem__(self, n):
         args, row, generator = self.args, n, None
         if not self.evaluation:
-            epoch, position = divmod(n, len(self.rows))
-            if self.permutation[0] != epoch:
-                order = torch.randperm(len(self.rows), generator=step_generator(args.seed, 0, epoch))
-                self.permutation = (epoch, order.tolist())
-            row, generator = self.permutation[1][position], step_generator(args.seed, 1, n)
+            row, generator = self.order(n), step_generator(args.seed, 1, n)
         row = self.rows[row]
         image = pil_to_tensor(to_rgb(row[args.image_column])).unsqueeze(0) / 255  # (1, 3, H, W) in [0, 1]
         if not self.evaluation and args.random_flip and torch.rand((), generator=generator) < 0.5:
@@ -518,27 +514,35 @@ def main(args):
         total=args.max_train_steps,
         disable=not accelerator.is_local_main_process,
     )
-    step = first_step
+    step, skipped_steps, skipped_in_a_row = first_step, 0, 0
     model.train()
     for batch in loader:
         with accelerator.accumulate(model):
             loss = training_step(model, batch)
             accelerator.backward(loss)
-            if not math.isfinite(loss_value := loss.item()):
-                raise FloatingPointError(
-                    f"the loss became {loss_value} at step {step + 1}: lower --learning_rate, or use bf16 in place of fp16."
-                )
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(clip + head, args.max_grad_norm).item()
+                finite = math.isfinite(grad_norm)
+                # fp16's loss scaler skips the step itself, and must see it in order to lower its scale.
+                if not finite and accelerator.scaler is None:
+                    optimizer.zero_grad()
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
         step += 1
+        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+        skipped_steps += not finite
+        if skipped_in_a_row == 10:
+            raise FloatingPointError(
+                f"the gradient was not finite in ten steps in a row, up to step {step}: lower --learning_rate, or use "
+                f"bf16 in place of fp16. Checkpoints in {args.output_dir} are as they were."
+            )
         progress.update()
-        accelerator.log({"loss": loss_value, "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
-        progress.set_postfix(loss=f"{loss_value:.4f}", refresh=False)
+        logs = {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step)
+        progress.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
         if step % args.validation_steps == 0 or step == args.max_train_steps:
             scores = predict(model, validation_loader, accelerator, "validation")
             metrics = measure(splits["validation"], scores, args)

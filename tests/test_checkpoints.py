@@ -266,7 +266,9 @@ def test_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, complete_c
 
 def test_find_checkpoint_names_paths_and_absence(tmp_path, complete_checkpoint, monkeypatch):
     folder = complete_checkpoint.parent
-    assert find_checkpoint(folder, None) is None
+    assert find_checkpoint(tmp_path, None) is None
+    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run"):
+        find_checkpoint(folder, None)
     assert find_checkpoint(folder, "checkpoint-3") == complete_checkpoint
     assert find_checkpoint(tmp_path, str(complete_checkpoint)) == complete_checkpoint
     with pytest.raises(ValueError, match="expected checkpoint-N folders in .* found none"):

@@ -179,6 +179,21 @@ def test_image_folder_frozen_towers_and_default_head(clip, tmp_path):
     assert load_evaluator(str(tmp_path / "out")).config.head == "alignment_structure"
 
 
+def test_ten_steps_that_are_not_finite_end_the_run(clip, rated, tmp_path, refused, monkeypatch):
+    loss = torch.nn.functional.l1_loss
+    monkeypatch.setattr(torch.nn.functional, "l1_loss", lambda *tensors: loss(*tensors) * float("nan"))
+    options = [*flags(clip, rated, tmp_path / "out", steps=12), "--report_to", "none"]
+    options[options.index("--checkpointing_steps") + 1] = 5
+    line = refused(*options)
+    assert "not finite in ten steps in a row, up to step 10" in line
+    # Every step was skipped: the checkpoint holds the CLIP that training started from.
+    saved, start = (
+        load_file(tmp_path / "out/checkpoint-5/model.safetensors"),
+        load_file(clip / "open_clip_model.safetensors"),
+    )
+    assert all(torch.equal(saved[f"clip.{name}"], weight.float()) for name, weight in start.items())
+
+
 def test_refusals(clip, rated, tmp_path, refused):
     """Each bad input ends in one line that says what was expected, before any training."""
     out = ["--output_dir", tmp_path / "out", "--clip_model", clip]

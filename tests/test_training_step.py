@@ -35,6 +35,9 @@ DEFAULTS = {
 }
 
 
+FOUR_LOSSES = [1.13900, 1.09367, 1.05848, 1.07428]
+
+
 class Recorder(torch.nn.Module):
     """An evaluator that lets through and remembers what it was given."""
 
@@ -155,10 +158,18 @@ def test_late_diffusion_shares_the_students_pass(world, monkeypatch):
         assert rows == [2] * passes
 
 
-def test_four_steps_repeat_their_losses(world):
-    """The same seed gives the same four losses, whatever ran in between."""
-    first = [world.step(position=position)[0].item() for position in range(4)]
+def test_the_loss_sequence_of_four_steps(world):
+    """Four optimizer steps at a fixed seed: the same losses whatever ran before, and those of the day this was written.
+
+    The tolerance lets other processors round in another order; a change of the step's mathematics is larger.
+    """
     torch.manual_seed(99)
-    torch.rand(7)
-    assert [world.step(position=position)[0].item() for position in range(4)] == first
-    assert len(set(first)) == 4
+    optimizer = torch.optim.AdamW(lora(world.unet).values(), lr=1e-2)
+    losses = []
+    for position in range(4):
+        loss, _ = world.step(position=position)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == pytest.approx(FOUR_LOSSES, rel=1e-3)

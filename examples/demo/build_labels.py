@@ -16,7 +16,8 @@ What the label (`mos`, 0 to 5, higher is better) is, and what it is not:
 
 `train`: seen concepts, each image once with a true and once with a false prompt. `validation` and `test`: each image
 with a true prompt and with every kind of false one, by the same template; images of new combinations of seen concepts
-(one half each), and in `test` also of concepts that no training image shows (column `part`).
+(one half each), and in `test` also of concepts that no training image shows (column `part`). The words of false
+prompts are always those of the training split: between two names that it has never read no evaluator can choose.
 """
 
 import argparse
@@ -130,14 +131,17 @@ def damage(
 def labelled_rows(
     rows: list[dict],
     mismatches: list[str] | None,
+    values: dict[str, list[str]],
     scores: dict,
     undistorted: float,
     part: str,
     rng: random.Random,
     progress: tqdm,
 ) -> list[dict]:
-    """Rows that share an image share `image_id`. `mismatches` None: a true prompt and one false one of a random kind."""
-    values = {attribute: sorted({row[attribute] for row in rows}) for attribute in ATTRIBUTES}
+    """Rows that share an image share `image_id`. `mismatches` None: a true prompt and one false one of a random kind.
+
+    False prompts take their words from `values`.
+    """
     labelled = []
     for number, row in enumerate(rows):
         image, kind, level, quality = damage(row["image"], scores, undistorted, rng)
@@ -176,10 +180,11 @@ def main(args: argparse.Namespace) -> None:
         rng.shuffle(source[split])
     train = [source["train"][i % len(source["train"])] for i in range(args.train_images)]
     half, every = len(source["new_combinations"]) // 2, list(MISMATCHES)
+    values = {attribute: sorted({row[attribute] for row in source["train"]}) for attribute in ATTRIBUTES}
     progress = tqdm(total=len(train) + len(source["new_combinations"]) + len(source["unseen_concepts"]), mininterval=5)
 
     def label_all(rows: list[dict], mismatches: list[str] | None, part: str) -> list[dict]:
-        return labelled_rows(rows, mismatches, scores, args.undistorted, part, rng, progress)
+        return labelled_rows(rows, mismatches, values, scores, args.undistorted, part, rng, progress)
 
     seen, unseen = source["new_combinations"], source["unseen_concepts"]
     splits = {
@@ -205,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--train_images", type=int, default=5000, help="two rows each")
+    parser.add_argument("--train_images", type=int, default=8000, help="two rows each")
     parser.add_argument("--undistorted", type=float, default=0.35, help="share of images left as they are")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

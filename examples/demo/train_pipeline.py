@@ -2,8 +2,13 @@
 
     accelerate launch examples/demo/train_pipeline.py --vae vae-demo --output_dir examples/demo/pipeline
 
-Text encoder and U-Net learn together, by noise prediction, on latents that are encoded once. What is saved is the
-exponential moving average, as a StableDiffusionPipeline folder in fp16 with a sheet of samples beside it.
+Text encoder and U-Net learn together on latents that are encoded once. Three choices make a few thousand steps enough:
+velocity prediction on a schedule that ends in pure noise (Salimans and Ho 2022; Lin et al. 2024), since the loss on noise
+hardly weighs the noisiest steps, where the text decides most; and the text enters not by cross-attention alone, but
+pooled also into the time embedding, which scales and shifts every block (`addition_embed_type="text"`).
+
+What is saved is the exponential moving average, as a StableDiffusionPipeline folder in fp16, with a sheet of samples
+beside it.
 """
 
 import argparse
@@ -54,7 +59,7 @@ def training_step(latents, input_ids, unet, text_encoder, noise_scheduler) -> to
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
     prompt_embeds = text_encoder(input_ids, return_dict=False)[0]
     model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]
-    return F.mse_loss(model_pred.float(), noise)
+    return F.mse_loss(model_pred.float(), noise_scheduler.get_velocity(latents, noise, timesteps))
 
 
 def save_pipeline(models: dict, ema: dict[str, EMAModel], prompts: list[str], output_dir: Path, seed: int) -> None:
@@ -126,11 +131,21 @@ def main(args: argparse.Namespace) -> None:
         cross_attention_dim=192,
         attention_head_dim=6,
         norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=6,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     ).to(memory_format=torch.channels_last)
     noise_scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
     )
     print(
         f"U-Net {unet.num_parameters() / 1e6:.1f} M, text encoder {text_encoder.num_parameters() / 1e6:.1f} M parameters"
@@ -175,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
         for name, average in ema.items():
             average.step(models[name].parameters())
         average_loss = loss.item() if average_loss is None else 0.98 * average_loss + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{average_loss:.4f}")
+        progress.set_postfix(loss=f"{average_loss:.4f}", refresh=False)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps:
             accelerator.save_state(state_dir)
             (state_dir / "step.txt").write_text(str(step + 1))

@@ -35,7 +35,7 @@ def new_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 96),
+        block_out_channels=(32, 64, 128),
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=4,
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.4f}")
+        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps:
             vae.eval()
             with torch.no_grad():
@@ -111,10 +111,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("vae-demo"))
     parser.add_argument("--decoder_only", type=Path, help="a VAE folder: keep its encoder, train its decoder further")
-    parser.add_argument("--max_train_steps", type=int, default=1800)
+    parser.add_argument("--max_train_steps", type=int, default=4000)
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--kl_weight", type=float, default=1e-3)
-    parser.add_argument("--checkpointing_steps", type=int, default=300)
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())
