@@ -73,6 +73,19 @@ def test_prompts(labels):
     assert labels.falsify(ROW, "all", values, rng) == {"content": "fox", "style": "blob", "background": "teal"}
 
 
+def test_a_tenth_of_the_training_prompts_names_nothing_known(labels, scores):
+    values = {"content": ["owl", "fox"], "style": ["noto", "blob"], "background": ["orange", "teal"]}
+    rows = [ROW | {"image": Image.new("RGB", (64, 64), (250, 150, 50))}] * 200
+    progress = labels.tqdm(disable=True)
+    told = labels.labelled_rows(rows, None, values, scores, 1.0, "train", random.Random(0), progress)
+    unknown = [row for row in told if not {"owl", "fox", "foxes"} & set(row["prompt"].replace(",", " ").split())]
+    assert 0.05 < len(unknown) / len(told) < 0.12
+    top = max(row["mos"] for row in told)
+    assert {row["mos"] for row in unknown if row["mismatch"] == "none"} == {top}  # an unknown word lowers nothing
+    told = labels.labelled_rows(rows, list(labels.MISMATCHES), values, scores, 1.0, "test", random.Random(0), progress)
+    assert all({"owl", "fox"} & set(row["prompt"].replace(",", " ").split()) for row in told)
+
+
 def test_damage(labels, scores):
     flat = Image.new("RGB", (64, 64), (250, 150, 50))
     top = np.mean([scores[condition] for condition in labels.UNCHANGED])

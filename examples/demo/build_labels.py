@@ -12,7 +12,8 @@ What the label (`mos`, 0 to 5, higher is better) is, and what it is not:
   colours (root mean square change below 2 of 255 grey levels).
 * Alignment part, our rule, no human rating: the quality part is multiplied by 0.35 if the prompt names the wrong
   content, by 0.7 if the wrong style, by 0.6 if the wrong background colour, and by all three if all are wrong. An
-  attribute that the prompt does not name lowers nothing.
+  attribute that the prompt does not name lowers nothing. In a tenth of the training prompts the content is a made-up
+  word, which lowers nothing either: from a word that it has never read an evaluator is to take nothing.
 
 `train`: seen concepts, each image once with a true and once with a false prompt. `validation` and `test`: each image
 with a true prompt and with every kind of false one, by the same template; images of new combinations of seen concepts
@@ -56,6 +57,7 @@ TEMPLATES = (*FULL_TEMPLATES, "{a_content} on {a_background} background", "{a_co
 # outlines instead, which are far wider here than a photograph's detail: at 64 / 384 most levels would not show at all.
 PATCH_SCALE, SCALE = 64 / 384, 0.5
 PATCHES = ("non_eccentricity_patch", "color_block")
+MADE_UP_WORDS = 0.1  # share of the training prompts whose content is one
 INVISIBLE = 2.0  # root mean square change, grey levels
 FEATURES = Features(
     {
@@ -113,6 +115,15 @@ def falsify(row: dict, mismatch: str, values: dict[str, list[str]], rng: random.
     return row | wrong
 
 
+def made_up_word(contents: list[str], rng: random.Random) -> str:
+    """The head of one content's name joined to the tail of another's, as in train_clip.py."""
+    while True:
+        head, tail = rng.choice(contents), rng.choice(contents)
+        word = head[: rng.randint(2, 4)] + tail[-rng.randint(2, 5) :]
+        if word not in contents:
+            return word
+
+
 def damage(
     image: PILImage.Image, scores: dict, undistorted: float, rng: random.Random
 ) -> tuple[PILImage.Image, str, int, float]:
@@ -152,11 +163,14 @@ def labelled_rows(
         for mismatch in kinds:
             named = [t for t in TEMPLATES if all(f"{attribute}}}" in t for attribute in MISMATCHES[mismatch])]
             template = shared_template if mismatches else rng.choice(named)
+            told = falsify(row, mismatch, values, rng)
+            if part == "train" and "content" not in MISMATCHES[mismatch] and rng.random() < MADE_UP_WORDS:
+                told = told | {"content": made_up_word(values["content"], rng)}
             labelled.append(
                 {attribute: row[attribute] for attribute in ATTRIBUTES}
                 | {
                     "image": {"bytes": buffer.getvalue(), "path": None},
-                    "prompt": write_prompt(falsify(row, mismatch, values, rng), template),
+                    "prompt": write_prompt(told, template),
                     "mos": label(quality, mismatch),
                     "distortion": kind,
                     "level": level,

@@ -5,9 +5,12 @@
 The result is a folder for plain open_clip: `open_clip.create_model("local-dir:clip-demo")` and
 `open_clip.get_tokenizer("local-dir:clip-demo")`; a small byte-level BPE, learned from the train captions, lies in it.
 
-Loss: CLIP's symmetric contrastive loss. Two things differ, because captions here are content x style x background:
-every image brings its caption with exactly one attribute changed as extra negatives, and a caption that happens to be
-true of another image in the batch is left out of that image's denominator.
+Loss: CLIP's symmetric contrastive loss. Three things differ, because captions here are content x style x background:
+every image brings its caption with exactly one attribute changed as extra negatives; a caption that happens to be true
+of another image in the batch is left out of that image's denominator; and in a tenth of the captions the content is a
+made-up word, which is neither right nor wrong of any image, so that the model learns to take nothing from a word that
+it has never read. Half of the image's patches are dropped at random until the last steps, which halves the cost (Li et
+al., Scaling Language-Image Pre-training via Masking, 2023).
 """
 
 import argparse
@@ -24,11 +27,12 @@ import torch.nn.functional as F
 from datasets import load_dataset
 from diffusers.optimization import get_scheduler
 from open_clip.model import CLIP
+from open_clip.transformer import PatchDropout
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def training_step(model: CLIP, images: torch.Tensor, tokens: torch.Tensor, true_of: torch.Tensor) -> torch.Tensor:
@@ -61,15 +65,16 @@ MODEL_CONFIG = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64},
     "text_cfg": {
-        "context_length": 32,
-        "vocab_size": 1024,
-        "width": 96,
-        "heads": 3,
+        "context_length": 24,
+        "vocab_size": 1515,
+        "width": 128,
+        "heads": 4,
         "layers": 3,
         "hf_tokenizer_name": "bpe",  # any name: open_clip then reads the tokenizer files beside its config
-        "tokenizer_kwargs": {"clean": "whitespace"},
     },
 }
+MADE_UP_WORDS = 0.1  # share of captions whose content is one
+PATCH_DROPOUT, UNMASKED_STEPS = 0.5, 0.2  # share of patches; share of the steps, at the end, that see all of them
 PREPROCESS_CONFIG = {
     "size": [64, 64],
     "mean": [0.5, 0.5, 0.5],
@@ -93,29 +98,20 @@ def named_attributes(template: str) -> list[bool]:
     return [f"{attribute}}}" in template for attribute in ATTRIBUTES]
 
 
-def build_tokenizer(captions: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: no text is out of vocabulary. The end token has the highest id, where CLIP pools (argmax)."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size - 2,
-            special_tokens=["<|pad|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-    ids = {token: tokenizer.token_to_id(token) for token in ("<|startoftext|>", "<|endoftext|>")}
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>", special_tokens=list(ids.items())
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|startoftext|>", eos_token="<|endoftext|>"
-    )
+def build_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with merges learned from the captions alone: no text is out of vocabulary.
+
+    The end token has the highest id, where CLIP pools (argmax); it pads too, as in Stable Diffusion.
+    """
+    characters = list(bytes_to_unicode().values())
+    tokens = characters + [character + "</w>" for character in characters]
+    specials = ["<|startoftext|>", "<|endoftext|>"]
+    learned = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens + specials)}, merges=[])
+    learned = json.loads(learned.train_new_from_iterator(captions, vocab_size)._tokenizer.to_str())["model"]
+    words = [token for token in learned["vocab"] if token not in (*specials, *tokens)]
+    vocab = {token: i for i, token in enumerate(tokens + words + specials)}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MODEL_CONFIG["text_cfg"]["context_length"])
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -141,6 +137,15 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (images * uniform(0.95, 1.05).view(-1, 1, 1, 1) + noise).clamp(-1, 1)
 
 
+def made_up_word(contents: list[str], rng: random.Random) -> str:
+    """The head of one content's name joined to the tail of another's: looks like a word, and is the name of nothing."""
+    while True:
+        head, tail = rng.choice(contents), rng.choice(contents)
+        word = head[: rng.randint(2, 4)] + tail[-rng.randint(2, 5) :]
+        if word not in contents:
+            return word
+
+
 def with_one_change(row: dict[str, str], attribute: str, values: dict[str, list[str]], rng: random.Random) -> dict:
     other = rng.choice(values[attribute])
     while other == row[attribute]:
@@ -151,33 +156,42 @@ def with_one_change(row: dict[str, str], attribute: str, values: dict[str, list[
 def build_batch(rows: list[dict], values: dict[str, list[str]], rng: random.Random) -> tuple[list[str], torch.Tensor]:
     """Captions (own ones first, then the negatives) and which of them is true of which row, (B, B + N) bool."""
     templates = rng.choices(list(TEMPLATES), weights=TEMPLATES.values(), k=len(rows))
-    negatives, negative_templates = [], []
+    own, negatives, negative_templates = [], [], []
     for row, template in zip(rows, templates):
+        if rng.random() < MADE_UP_WORDS:
+            row = row | {"content": made_up_word(values["content"], rng)}
+        own.append(row)
         # Other images of the batch already bring other contents, so that style and colour get most of the negatives.
         for attribute in rng.sample(("style", "background", "content"), counts=(3, 3, 2), k=2):
             if f"{attribute}}}" in template:
                 negatives.append(with_one_change(row, attribute, values, rng))
                 negative_templates.append(template)
-    told, told_templates = rows + negatives, templates + negative_templates
+    told, told_templates = own + negatives, templates + negative_templates
     codes = {attribute: {value: i for i, value in enumerate(values[attribute])} for attribute in ATTRIBUTES}
 
     def encode(some_rows: list[dict]) -> torch.Tensor:
-        return torch.tensor([[codes[attribute][row[attribute]] for attribute in ATTRIBUTES] for row in some_rows])
+        # A made-up word has the code -1.
+        return torch.tensor([[codes[name].get(row[name], -1) for name in ATTRIBUTES] for row in some_rows])
 
     named = torch.tensor([named_attributes(template) for template in told_templates])  # (B + N, 3)
+    named &= encode(told) >= 0
     true_of = ((encode(rows).unsqueeze(1) == encode(told).unsqueeze(0)) | ~named).all(-1)  # (B, B + N)
     return [caption(row, template) for row, template in zip(told, told_templates)], true_of
 
 
 @torch.no_grad()
 def evaluate(
-    model: CLIP, tokenizer: PreTrainedTokenizerFast, split: dict, wrong_per_image: int = 8
+    model: CLIP, tokenizer: CLIPTokenizer, split: dict, values: dict, wrong_per_image: int = 4
 ) -> dict[str, float]:
-    """R@1 image -> caption within the split, and how often the true caption beats one with a wrong attribute."""
+    """R@1 image -> caption within the split, and how often the true caption beats one with a wrong attribute.
+
+    Wrong attributes are drawn from `values`, those of the train split: an unseen concept's own name is a word that the
+    model has not read, and what it is compared with are words that it has.
+    """
     model.eval()
     rng = random.Random(0)
     full = next(iter(TEMPLATES))
-    rows, values = split["rows"], split["values"]
+    rows = split["rows"]
 
     def encode_text(captions: list[str]) -> torch.Tensor:
         return torch.cat([model.encode_text(tokenize(tokenizer, part), normalize=True) for part in batched(captions)])
@@ -206,18 +220,15 @@ def batched(items: list, size: int = 256) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
-    context_length = MODEL_CONFIG["text_cfg"]["context_length"]
-    return tokenizer(
-        captions, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt"
-    ).input_ids
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float().div(127.5).sub(1)
 
 
-def save(model: CLIP, tokenizer: PreTrainedTokenizerFast, metrics: dict, folder: Path) -> None:
+def save(model: CLIP, tokenizer: CLIPTokenizer, metrics: dict, folder: Path) -> None:
     """The folder can be read at any time: each file is complete before it takes its name."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer.json").exists():
@@ -244,15 +255,17 @@ def main(args: argparse.Namespace) -> None:
         splits[name] = {
             "rows": rows,
             "images": torch.stack([pil_to_tensor(image) for image in dataset["image"]]),  # (N, 3, 64, 64) uint8
-            "values": {attribute: sorted({row[attribute] for row in rows}) for attribute in ATTRIBUTES},
         }
     train = splits["train"]
+    values = {attribute: sorted({row[attribute] for row in train["rows"]}) for attribute in ATTRIBUTES}
     tokenizer = build_tokenizer(
         [caption(row, template) for row in train["rows"] for template in TEMPLATES],
-        MODEL_CONFIG["text_cfg"]["vocab_size"],
+        vocab_size=3000,  # more than there is to learn: every word of a caption becomes one token
     )
-    text_config = {key: MODEL_CONFIG["text_cfg"][key] for key in MODEL_CONFIG["text_cfg"] if key != "tokenizer_kwargs"}
-    model = CLIP(MODEL_CONFIG["embed_dim"], MODEL_CONFIG["vision_cfg"], text_config)
+    if len(tokenizer) != MODEL_CONFIG["text_cfg"]["vocab_size"]:
+        raise SystemExit(f"MODEL_CONFIG: set text_cfg's vocab_size to {len(tokenizer)}, the size of the tokenizer.")
+    model = CLIP(MODEL_CONFIG["embed_dim"], MODEL_CONFIG["vision_cfg"], MODEL_CONFIG["text_cfg"])
+    model.visual.patch_dropout = PatchDropout(PATCH_DROPOUT)  # not in the config: a matter of training alone
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
 
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -270,13 +283,14 @@ def main(args: argparse.Namespace) -> None:
     start = time.time()
     progress = tqdm(range(1, args.max_train_steps + 1), mininterval=30)
     for step in progress:
+        if step > (1 - UNMASKED_STEPS) * args.max_train_steps:
+            model.visual.patch_dropout = torch.nn.Identity()
         if len(order) < args.train_batch_size:
             order = torch.randperm(len(train["rows"]), generator=generator).tolist()
         chosen, order = order[: args.train_batch_size], order[args.train_batch_size :]
-        captions, true_of = build_batch([train["rows"][i] for i in chosen], train["values"], rng)
+        captions, true_of = build_batch([train["rows"][i] for i in chosen], values, rng)
         images = augment(to_float(train["images"][chosen]), generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = training_step(model, images, tokenize(tokenizer, captions), true_of)
+        loss = training_step(model, images, tokenize(tokenizer, captions), true_of)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -288,7 +302,8 @@ def main(args: argparse.Namespace) -> None:
         progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             metrics = {
-                name: evaluate(model, tokenizer, splits[name]) for name in ("new_combinations", "unseen_concepts")
+                name: evaluate(model, tokenizer, splits[name], values)
+                for name in ("new_combinations", "unseen_concepts")
             }
             metrics |= {
                 "step": step,
@@ -311,9 +326,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("clip-demo"))
-    parser.add_argument("--max_train_steps", type=int, default=1500)
-    parser.add_argument("--train_batch_size", type=int, default=96)
+    parser.add_argument("--max_train_steps", type=int, default=1600)
+    parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--checkpointing_steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -1,20 +1,22 @@
-"""Train the demo's text-to-image pipeline from scratch on the demo's train split, given its VAE (train_vae.py).
+"""Train the demo's text-to-image pipeline on the demo's train split, given its VAE and its CLIP.
 
-    accelerate launch examples/demo/train_pipeline.py --vae vae-demo --output_dir examples/demo/pipeline
+    accelerate launch examples/demo/train_pipeline.py --vae vae-demo --clip clip-demo --output_dir pipeline-demo
 
-Text encoder and U-Net learn together on latents that are encoded once. Three choices make a few thousand steps enough:
-velocity prediction on a schedule that ends in pure noise (Salimans and Ho 2022; Lin et al. 2024), since the loss on noise
-hardly weighs the noisiest steps, where the text decides most; and the text enters not by cross-attention alone, but
-pooled also into the time embedding, which scales and shifts every block (`addition_embed_type="text"`).
+As in Stable Diffusion the text encoder is the text tower of a CLIP (train_clip.py), frozen; the U-Net alone learns, from
+nothing, on latents and prompt embeddings that are computed once. Velocity prediction on a schedule that ends in pure
+noise (Salimans and Ho 2022; Lin et al. 2024) gives weight to the noisiest steps, where the text decides most; and the
+text enters not by cross-attention alone, but pooled also into the time embedding, which scales and shifts every block
+(`addition_embed_type="text"`).
 
 What is saved is the exponential moving average, as a StableDiffusionPipeline folder in fp16, with a sheet of samples
-beside it.
+beside it. fp32 is the default: a CPU without bf16 units is ten times slower in bf16.
 """
 
 import argparse
-import os
+import shutil
 from pathlib import Path
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -27,75 +29,125 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+def training_step(latents, prompt_embeds, unet, noise_scheduler, generator) -> torch.Tensor:
+    noise = torch.randn(latents.shape, generator=generator).to(latents)  # (B, 16, 8, 8)
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator)
+    timesteps = timesteps.to(latents.device)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]
+    return F.mse_loss(model_pred.float(), noise_scheduler.get_velocity(latents, noise, timesteps))
 
 
 DATA = Path(__file__).parent / "data"
 SHEET_PROMPTS = 40
 
 
-def train_tokenizer(captions: list[str], max_length: int) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with merges learned from the captions alone."""
-    characters = list(bytes_to_unicode().values())
-    tokens = characters + [c + "</w>" for c in characters] + ["<|startoftext|>", "<|endoftext|>"]
-    base = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=max_length)
-    return base.train_new_from_iterator(captions, vocab_size=2000)
+def new_unet(cross_attention_dim: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(128, 224),
+        layers_per_block=1,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=8,
+        norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def text_tower(clip: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The text tower of an open_clip model as the class that a StableDiffusionPipeline holds: same weights, same output."""
+    source = clip.state_dict()
+    width, layers = clip.ln_final.normalized_shape[0], clip.transformer.layers
+    config = CLIPTextConfig(
+        vocab_size=len(source["token_embedding.weight"]),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=clip.transformer.resblocks[0].attn.num_heads,
+        max_position_embeddings=len(source["positional_embedding"]),
+        projection_dim=source["text_projection"].shape[1],
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    weights = {
+        "embeddings.token_embedding.weight": source["token_embedding.weight"],
+        "embeddings.position_embedding.weight": source["positional_embedding"],
+        "final_layer_norm.weight": source["ln_final.weight"],
+        "final_layer_norm.bias": source["ln_final.bias"],
+    }
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
+    names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for layer in range(layers):
+        old, new = f"transformer.resblocks.{layer}.", f"encoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            for theirs, ours in names.items():
+                weights[f"{new}{ours}.{kind}"] = source[f"{old}{theirs}.{kind}"]
+            for part, tensor in zip("qkv", source[f"{old}attn.in_proj_{kind}"].chunk(3)):
+                weights[f"{new}self_attn.{part}_proj.{kind}"] = tensor
+    text_encoder = CLIPTextModel(config)
+    prefix = "text_model." if any(name.startswith("text_model.") for name in text_encoder.state_dict()) else ""
+    text_encoder.load_state_dict({prefix + name: tensor for name, tensor in weights.items()})
+    return text_encoder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def encode_dataset(vae: AutoencoderKL, images: list) -> torch.Tensor:
-    """(N, 4, 16, 16) scaled latents: the posterior's means, computed once."""
+def encode_images(vae: AutoencoderKL, images: list) -> torch.Tensor:
+    """(N, 16, 8, 8) scaled latents: the posterior's means, computed once."""
     latents = []
-    for i in tqdm(range(0, len(images), 64), desc="encoding", mininterval=10):
+    for i in tqdm(range(0, len(images), 64), desc="encoding images", mininterval=10):
         pixel_values = torch.stack([pil_to_tensor(image) for image in images[i : i + 64]]).float().div(127.5).sub(1)
-        pixel_values = pixel_values.to(memory_format=torch.channels_last)
+        pixel_values = pixel_values.to(vae.device, memory_format=torch.channels_last)
         latents.append(vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor)
     return torch.cat(latents)
 
 
-def training_step(latents, input_ids, unet, text_encoder, noise_scheduler) -> torch.Tensor:
-    noise = torch.randn_like(latents)
-    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, latents.shape[:1])
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-    prompt_embeds = text_encoder(input_ids, return_dict=False)[0]
-    model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]
-    return F.mse_loss(model_pred.float(), noise_scheduler.get_velocity(latents, noise, timesteps))
+@torch.no_grad()
+def encode_captions(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """(N, tokens, dim) prompt embeddings, computed once."""
+    input_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    batches = input_ids.to(text_encoder.device).split(256)
+    return torch.cat([text_encoder(ids, return_dict=False)[0] for ids in batches])
 
 
-def save_pipeline(models: dict, ema: dict[str, EMAModel], prompts: list[str], output_dir: Path, seed: int) -> None:
-    """The EMA weights as a fp16 pipeline folder, and a sheet of samples for held-out prompts."""
-    for name, average in ema.items():
-        average.store(models[name].parameters())
-        average.copy_to(models[name].parameters())
+def save_pipeline(models: dict, average: EMAModel, prompts: list[str], output_dir: Path, seed: int) -> None:
+    """The U-Net's average in an fp16 pipeline folder, and a sheet of samples for held-out prompts."""
+    unet = models["unet"]
+    average.store(unet.parameters())
+    average.copy_to(unet.parameters())
     pipeline = StableDiffusionPipeline(
-        **models, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        **models | {"scheduler": DDIMScheduler.from_config(models["scheduler"].config)},
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    training_scheduler = pipeline.scheduler
-    pipeline.scheduler = DDIMScheduler.from_config(training_scheduler.config)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator).images
     to_pil_image(make_grid([pil_to_tensor(image) for image in images], nrow=10, padding=0)).save(f"{output_dir}.png")
-    pipeline.scheduler = training_scheduler
-    fp16 = {name: type(models[name]).from_config(models[name].config) for name in ("unet", "vae")}
-    fp16["text_encoder"] = CLIPTextModel(models["text_encoder"].config)
-    for name, copy in fp16.items():
-        copy.load_state_dict(models[name].state_dict())
-        copy.half()
+
+    halves = {name: type(models[name]).from_config(models[name].config) for name in ("unet", "vae")}
+    halves["text_encoder"] = CLIPTextModel(models["text_encoder"].config)
+    for name, half in halves.items():
+        half.load_state_dict(models[name].state_dict())
+        half.half()
+    average.restore(unet.parameters())
     temporary = output_dir.with_name(output_dir.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     StableDiffusionPipeline(
-        **(models | fp16), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        **models | halves, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     ).save_pretrained(temporary)
-    if output_dir.exists():
-        os.replace(output_dir, old := output_dir.with_name(output_dir.name + ".old"))
-        os.replace(temporary, output_dir)
-        for file in sorted(old.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        old.rmdir()
-    else:
-        os.replace(temporary, output_dir)
-    for name, average in ema.items():
-        average.restore(models[name].parameters())
+    shutil.rmtree(output_dir, ignore_errors=True)
+    temporary.rename(output_dir)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -104,39 +156,17 @@ def main(args: argparse.Namespace) -> None:
     files = {split: str(DATA / f"{split}.parquet") for split in ("train", "new_combinations")}
     dataset = load_dataset("parquet", data_files=files)
     captions = dataset["train"]["text"][:]
-    vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    latents = encode_dataset(vae, dataset["train"]["image"][:])
-    tokenizer = train_tokenizer(captions, max_length=24)
-    tokenized = tokenizer(captions + [""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    input_ids, empty_ids = tokenized[:-1], tokenized[-1]
+    tokenizer = CLIPTokenizer.from_pretrained(args.clip)
+    clip = open_clip.create_model(f"local-dir:{args.clip}").eval()
+    text_encoder = text_tower(clip, tokenizer).to(accelerator.device)
+    vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False).to(accelerator.device)
+    latents = encode_images(vae.to(memory_format=torch.channels_last), dataset["train"]["image"][:])
+    different = sorted({*captions, ""})  # "" is the unconditional prompt
+    prompt_embeds = encode_captions(text_encoder, tokenizer, different)
+    row_of = {caption: row for row, caption in enumerate(different)}
+    caption_rows, empty_row = torch.tensor([row_of[caption] for caption in captions]), row_of[""]
 
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=768,
-            num_hidden_layers=3,
-            num_attention_heads=6,
-            max_position_embeddings=24,
-            projection_dim=192,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(64, 128, 192),
-        layers_per_block=1,
-        cross_attention_dim=192,
-        attention_head_dim=6,
-        norm_num_groups=16,
-        resnet_time_scale_shift="scale_shift",
-        addition_embed_type="text",
-        addition_embed_type_num_heads=6,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    ).to(memory_format=torch.channels_last)
+    unet = new_unet(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
     noise_scheduler = DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -147,67 +177,60 @@ def main(args: argparse.Namespace) -> None:
         steps_offset=1,
         clip_sample=False,
     )
-    print(
-        f"U-Net {unet.num_parameters() / 1e6:.1f} M, text encoder {text_encoder.num_parameters() / 1e6:.1f} M parameters"
-    )
-
-    trained = list(unet.parameters()) + list(text_encoder.parameters())
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     lr_scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    models = {"unet": unet, "text_encoder": text_encoder}
-    ema = {
-        name: EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=3 / 4)
-        for name, model in models.items()
-    }
-    unet, text_encoder, optimizer, lr_scheduler = accelerator.prepare(unet, text_encoder, optimizer, lr_scheduler)
-    accelerator.register_for_checkpointing(*ema.values())
+    average = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=3 / 4)
+    models = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    models |= {"scheduler": noise_scheduler}
+    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    average.to(accelerator.device)
+    accelerator.register_for_checkpointing(average)
     state_dir, first_step = Path(f"{args.output_dir}-state"), 0
     if args.resume:
         accelerator.load_state(state_dir)
         first_step = int((state_dir / "step.txt").read_text())
 
-    pipeline_parts = models | {"vae": vae, "tokenizer": tokenizer, "scheduler": noise_scheduler}
     sheet_prompts = dataset["new_combinations"]["text"][:SHEET_PROMPTS]
     progress = tqdm(
         range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, mininterval=30
     )
-    average_loss = None
+    losses: list[float] = []
     for step in progress:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         chosen = torch.randint(len(latents), (args.train_batch_size,), generator=generator)
         # Classifier-free guidance needs an unconditional model: a tenth of the captions are emptied.
         dropped = torch.rand(args.train_batch_size, generator=generator) < 0.1
-        ids = torch.where(dropped[:, None], empty_ids, input_ids[chosen])
+        rows = torch.where(dropped, empty_row, caption_rows[chosen])
         with accelerator.autocast():
-            loss = training_step(latents[chosen], ids, unet, text_encoder, noise_scheduler)
+            loss = training_step(latents[chosen], prompt_embeds[rows], unet, noise_scheduler, generator)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trained, 1.0)
+        accelerator.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
-        for name, average in ema.items():
-            average.step(models[name].parameters())
-        average_loss = loss.item() if average_loss is None else 0.98 * average_loss + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{average_loss:.4f}", refresh=False)
+        average.step(unet.parameters())
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}", refresh=False)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps:
             accelerator.save_state(state_dir)
             (state_dir / "step.txt").write_text(str(step + 1))
-            save_pipeline(pipeline_parts, ema, sheet_prompts, args.output_dir, args.seed)
+            save_pipeline(models, average, sheet_prompts, args.output_dir, args.seed)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, required=True, help="folder written by train_vae.py")
+    parser.add_argument("--clip", type=Path, required=True, help="folder written by train_clip.py")
     parser.add_argument("--output_dir", type=Path, default=Path("pipeline-demo"))
-    parser.add_argument("--max_train_steps", type=int, default=3200)
-    parser.add_argument("--train_batch_size", type=int, default=48)
-    parser.add_argument("--learning_rate", type=float, default=6e-4)
+    parser.add_argument("--max_train_steps", type=int, default=5000)
+    parser.add_argument("--train_batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=7e-4)
     parser.add_argument("--lr_warmup_steps", type=int, default=100)
     parser.add_argument("--ema_decay", type=float, default=0.998)
-    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
-    parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--resume", action="store_true", help="continue from the state beside --output_dir")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())
