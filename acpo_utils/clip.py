@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,12 +29,41 @@ def build_tokenizer(clip_config: dict, source: str | Path | None, **kwargs):
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     text_config = clip_config["text_cfg"]
-    kwargs = kwargs | (text_config.get("tokenizer_kwargs") or {})
+    # Never the repository's own code, even if the configuration, which may come from a hub, asks for it.
+    kwargs = kwargs | (text_config.get("tokenizer_kwargs") or {}) | {"trust_remote_code": False}
     context_length = text_config.get("context_length", 77)
     if not text_config.get("hf_tokenizer_name"):
+        del kwargs["trust_remote_code"]
         return SimpleTokenizer(context_length=context_length, **kwargs)
     mode = text_config.get("tokenizer_mode")
     return HFTokenizer(str(source), context_length=context_length, tokenizer_mode=mode, **kwargs)
+
+
+def token_counts(tokenizer, texts: list[str]) -> list[int]:
+    """How many tokens each text has before truncation, those that mark its start and end included.
+
+    `tokenizer` is one of `build_tokenizer`'s. Counted, not read off the truncated tokens: a tokenizer that pads with
+    its end token, as CLIP's does, ends a short text and a cut one alike.
+    """
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None:  # open_clip's SimpleTokenizer: a start and an end
+        return [len(tokenizer.encode(text)) + 2 for text in texts]
+    texts = [tokenizer.clean_fn(text) for text in texts]
+    if tokenizer.tokenizer_mode == "clips":  # start, end and a class token, which open_clip sets itself
+        return [len(ids) + 3 for ids in inner(texts, add_special_tokens=False, verbose=False).input_ids]
+    return [len(ids) for ids in inner(texts, verbose=False).input_ids]
+
+
+def warn_of_truncation(texts: list[str], counts: list[int], context_length: int) -> bool:
+    """Warns of the first text with more tokens than `context_length`; returns whether there was one."""
+    for text, count in zip(texts, counts):
+        if count > context_length:
+            warnings.warn(
+                f"Texts longer than {context_length} tokens are truncated; first, of {count}: {text[:80]!r}...",
+                stacklevel=3,
+            )
+            return True
+    return False
 
 
 def resolve_layers(visual: torch.nn.Module, layers: list[int] | None) -> list[int]:

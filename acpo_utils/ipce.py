@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -10,7 +9,14 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
-from acpo_utils.clip import build_clip, build_tokenizer, load_open_clip, resolve_layers
+from acpo_utils.clip import (
+    build_clip,
+    build_tokenizer,
+    load_open_clip,
+    resolve_layers,
+    token_counts,
+    warn_of_truncation,
+)
 
 
 HEADS = ("alignment_structure", "prompt_levels")
@@ -214,16 +220,9 @@ class IPCE(ModelMixin, ConfigMixin):
         """Token ids (len(texts), context length); the first text that is too long is reported, once."""
         if self.tokenizer is None:
             raise ValueError("IPCE has no tokenizer: build it with from_pretrained or from_open_clip.")
-        context = self.tokenizer.context_length
-        if not self._warned_of_truncation and not getattr(self.tokenizer, "tokenizer_mode", None):
-            pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", 0)
-            too_long = (self.tokenizer(texts, context + 1)[:, -1] != pad).nonzero()
-            if len(too_long):
-                self._warned_of_truncation = True
-                text = texts[too_long[0].item()]
-                warnings.warn(
-                    f"Texts longer than {context} tokens are truncated; first: {text[:80]!r}...", stacklevel=2
-                )
+        if not self._warned_of_truncation:
+            counts = token_counts(self.tokenizer, texts)
+            self._warned_of_truncation = warn_of_truncation(texts, counts, self.tokenizer.context_length)
         return self.tokenizer(texts)
 
     @classmethod
@@ -251,6 +250,7 @@ class IPCE(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "IPCE":
         """Loads a saved IPCE to fp32, in eval mode. Raises ValueError if a tensor is missing or does not belong."""
         path = str(pretrained_model_name_or_path)
+        kwargs = {"use_safetensors": True} | kwargs  # diffusers would otherwise go on to a pickle
         model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if keys := sorted(map(str, info.get(kind) or [])):

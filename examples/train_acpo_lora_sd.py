@@ -42,7 +42,7 @@ from acpo_utils.checkpoints import (
     save_lora,
 )
 from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images
-from acpo_utils.evaluators import check_evaluator, load_evaluator
+from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
 from acpo_utils.hub import push_to_hub, save_model_card
 from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_late_latents, sample_late_timesteps
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
@@ -146,7 +146,8 @@ def parse_args():
     add("--pretrained_model_name_or_path", help="hub id or folder of a Stable Diffusion; none: the embedded demo")
     add("--revision")
     add("--variant")
-    add("--evaluator", help="the frozen guide Q: ipce:PATH, or python:module:name of your own callable")
+    add("--evaluator", action="append", help="the frozen guide Q: ipce:PATH or docs/evaluators.md; again for several")
+    add("--evaluator_weight", action="append", type=float, help="one for each of several guides; equal by default")
     add("--judge", help="folder of a judge for the final table that guides nothing (examples/demo/judge)")
     add("--lora_path", help="continue from this saved LoRA with a new optimizer; this is not resume")
     # Data
@@ -225,8 +226,9 @@ def parse_args():
             parser.error(
                 f"no --pretrained_model_name_or_path, and the demo is not at {DEMO_DIR}: name a model, or clone the repository"
             )
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(**DEMO | {"evaluator": None})  # what is given would be appended to the demo's own
         args = parser.parse_args(namespace=argparse.Namespace(demo=True))
+        args.evaluator = args.evaluator or [DEMO["evaluator"]]
     args.lora_alpha = args.lora_alpha or args.rank
 
     # What can be said without loading anything is said now.
@@ -236,6 +238,10 @@ def parse_args():
         parser.error("--train_prompts has no images: it needs --late_start rollout and --diffusion_weight 0")
     if args.quality_weight and args.evaluator is None:
         parser.error("--quality_weight above 0 needs an --evaluator, for example ipce:PATH (see train_iqa_ipce.py)")
+    try:
+        args.evaluator_weight = guide_weights(args.evaluator or [], args.evaluator_weight) or None
+    except ValueError as error:
+        parser.error(f"--evaluator_weight: {error}")
     if min(args.quality_weight, args.anchor_weight, args.diffusion_weight) < 0 or not (
         args.quality_weight or args.anchor_weight or args.diffusion_weight
     ):
@@ -252,8 +258,9 @@ def parse_args():
 
 
 def settings_of(args):
-    """What was set, for the tracker and the model card; never the token."""
-    return {k: v for k, v in vars(args).items() if v is not None and k != "hub_token"}
+    """What was set, for the tracker and the model card; never the token. TensorBoard takes no lists."""
+    settings = {k: v for k, v in vars(args).items() if v is not None and k != "hub_token"}
+    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in settings.items()}
 
 
 def load_models(args, weight_dtype, device):
@@ -377,7 +384,7 @@ def main(args):
     eval_prompts = read_prompts(args.eval_prompts)[: args.num_eval_prompts] if args.eval_prompts else []
     evaluator = judge = None
     if args.quality_weight:
-        evaluator = load_evaluator(args.evaluator, accelerator.device)
+        evaluator = load_guide(args.evaluator, args.evaluator_weight, accelerator.device)
     if args.judge:
         from acpo_utils.judge import load_judge
 
@@ -495,6 +502,8 @@ def main(args):
                 f"the gradient was not finite in ten steps in a row, up to step {step + 1}: lower --learning_rate or "
                 f"--quality_weight, or use bf16 in place of fp16. Checkpoints in {args.output_dir} are as they were."
             )
+        # Of several guides each one's own score too.
+        terms |= {f"score_{name}": score for name, score in getattr(evaluator, "last_scores", {}).items()}
         logs = {name: term.item() for name, term in terms.items()} | {
             "grad_norm": grad_norm,
             "lr": lr_scheduler.get_last_lr()[0],
@@ -517,7 +526,8 @@ def main(args):
         unet = accelerator.unwrap_model(unet)
         save_lora(unet, args.output_dir)
         pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
-        finish(pipeline, {"guide": evaluator, "judge": judge}, eval_prompts, skipped_steps, accelerator.device, args)
+        scorers = guide_parts(evaluator) | {"judge": judge}
+        finish(pipeline, scorers, eval_prompts, skipped_steps, accelerator.device, args)
     accelerator.end_training()
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from acpo_utils.ipce import IPCE
+from tests.conftest import tiny_tokenizer
 from tests.tiny_clip import CAPTIONS, build_clip_folder
 
 
@@ -111,6 +112,7 @@ def test_published_head(levels, reference):
         expected.append((expectation - 1) / 4 * 5)
     scores = levels.score(images, CAPTIONS)
     assert levels.score_range == (0.0, 5.0)
+    assert torch.stack(expected).std() > 1e-3, "a hundred times the tolerance lies between the images"
     torch.testing.assert_close(scores.double() * 5, torch.stack(expected), atol=1e-5, rtol=0)
 
 
@@ -203,20 +205,38 @@ def test_missing_or_foreign_tensors_raise(tmp_path, alignment):
         IPCE.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("bundled_tokenizer", [False, True])
-def test_long_prompts_are_truncated_with_one_warning(tmp_path, bundled_tokenizer):
-    model = IPCE.from_open_clip(str(build_clip_folder(tmp_path, bundled_tokenizer=bundled_tokenizer)))
-    model.requires_grad_(False)
-    long = "a fox and an owl " * 40
+def build_tokenizer_kind(folder, kind):
+    """The tiny CLIP with open_clip's bundled tokenizer, one that pads with a token of its own, or with its end token."""
+    build_clip_folder(folder, bundled_tokenizer=kind != "own pad")
+    if kind == "pad is end":
+        tiny_tokenizer().save_pretrained(folder)
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "local", "tokenizer_kwargs": {}}
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bundled", "own pad", "pad is end"])
+def test_long_prompts_are_truncated_with_one_warning(tmp_path, kind):
+    model = IPCE.from_open_clip(str(build_tokenizer_kind(tmp_path, kind))).requires_grad_(False)
+    inner = getattr(model.tokenizer, "tokenizer", None)
+    assert (inner is None) == (kind == "bundled")
+    assert inner is None or (inner.pad_token_id == inner.eos_token_id) == (kind == "pad is end")
+    # One token for each "!", and one each for start and end: the longest text that fits, and one token more.
+    fits, longer = " ".join("!" * 46), " ".join("!" * 47)
+    if kind == "own pad":  # whose space is a token too
+        fits, longer = "!" * (46 - len(inner(" ").input_ids) + 2), "!" * (47 - len(inner(" ").input_ids) + 2)
     images = random_images(2, 3, 16, 16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.score(images, CAPTIONS[:2])
-    with pytest.warns(UserWarning, match="longer than 48 tokens are truncated.*a fox and an owl"):
-        scores = model.score(images, [long, CAPTIONS[0]])
+        model.score(images, [fits, CAPTIONS[1][:20]])
+    with pytest.warns(UserWarning, match="longer than 48 tokens are truncated; first, of 49: '!"):
+        model.score(images, [CAPTIONS[1][:20], longer])
+    long = "a fox and an owl " * 40
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = model.score(images, [long + "and more", CAPTIONS[0]])
+        scores = model.score(images, [long, "an owl"])
+        again = model.score(images, [long + "and more", "an owl"])
     torch.testing.assert_close(scores, again)
 
 
@@ -239,14 +259,76 @@ def test_prompt_embeddings_are_kept_until_the_text_tower_changes(alignment):
     assert alignment.clip.text_projection.grad.any()
 
 
-def test_autocast_scores_in_fp32(alignment, levels):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", ["alignment", "levels"])
+def test_autocast_scores_in_fp32(head, dtype, request):
+    model = request.getfixturevalue(head)
+    images = random_images(3, 3, 20, 16).requires_grad_(True)
+    expected = model.score(images, CAPTIONS)
+    expected.sum().backward()
+    gradient, images.grad = images.grad, None
+    with torch.autocast("cpu", dtype):
+        scores = model.score(images.to(dtype), CAPTIONS)
+    scores.sum().backward()
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, atol=0.02, rtol=0)
+    assert F.cosine_similarity(images.grad.flatten(), gradient.flatten(), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("head", ["alignment", "levels"])
+def test_weights_in_bf16(head, request):
+    model, images = request.getfixturevalue(head), random_images(3, 3, 20, 16)
+    expected = model.score(images, CAPTIONS)
+    scores = model.to(torch.bfloat16).score(images.requires_grad_(True), CAPTIONS)
+    torch.testing.assert_close(scores.float(), expected, atol=0.03, rtol=0)
+    scores.sum().backward()
+    assert images.grad.isfinite().all() and images.grad.any()
+
+
+@pytest.mark.parametrize("head", ["alignment_structure", "prompt_levels"])
+def test_what_learns_and_that_accumulated_gradients_are_those_of_the_whole_batch(folder, head):
+    """Everything but logit_scale learns, a, b, bias and the layer weights of eqs. 2 and 3 included."""
+    images, targets = random_images(4, 3, 40, 44), torch.tensor([0.1, 0.9, 0.3, 0.6])
+    prompts = [*CAPTIONS, "a red owl"]
+
+    def gradients(micro_batch):
+        model = IPCE.from_open_clip(str(folder), head=head, num_crops=2)
+        for rows in torch.arange(4).split(micro_batch):
+            scores = model.score(images[rows], [prompts[row] for row in rows])
+            (F.l1_loss(scores, targets[rows]) * micro_batch / 4).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    whole, accumulated = gradients(4), gradients(2)
+    still = [name for name, gradient in whole.items() if gradient is None or not gradient.any()]
+    assert still == ["clip.logit_scale"]
+    assert ("layer_logits" in whole) == ("a" in whole) == (head == "alignment_structure")
+    for name in whole.keys() - {"clip.logit_scale"}:
+        torch.testing.assert_close(accumulated[name], whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_partly_frozen_towers(folder):
+    """open_clip's locks: what is frozen has no gradient; with a trained part of the text tower nothing is cached."""
     images = random_images(3, 3, 16, 16)
-    for model in (alignment, levels):
-        expected = model.score(images, CAPTIONS)
-        with torch.autocast("cpu", torch.bfloat16):
-            scores = model.score(images.bfloat16(), CAPTIONS)
-        assert scores.dtype == torch.float32
-        torch.testing.assert_close(scores, expected, atol=0.02, rtol=0)
+    model = IPCE.from_open_clip(str(folder))
+    model.clip.lock_image_tower(1)
+    model.clip.lock_text_tower(1)
+    model.score(images, CAPTIONS).sum().backward()
+    learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    text = {name for name in learned if not name.startswith("clip.visual.")} - {"a", "b", "bias", "layer_logits"}
+    assert {name for name in learned if name.startswith("clip.visual.")} == {"clip.visual.proj"}
+    assert text and text < {f"clip.{name}" for name, _ in model.clip.named_parameters()} - {
+        "clip.token_embedding.weight"
+    }
+    assert not model._text_cache
+    with torch.no_grad():
+        before = model.score(images, CAPTIONS)
+        changed = next(p for name, p in model.named_parameters() if name in text)
+        changed.add_(random_images(*changed.shape))
+        assert not torch.allclose(model.score(images, CAPTIONS), before), "embeddings of the old weights were kept"
+    model.clip.lock_text_tower(0)
+    model.zero_grad()
+    model.score(images, CAPTIONS).sum().backward()
+    assert set(model._text_cache) == set(CAPTIONS)
 
 
 def test_bad_arguments(folder, alignment, tmp_path):

@@ -42,7 +42,8 @@ def flags(tiny_pipeline, tiny_guide, captioned_images, tmp_path):
         } | changes
         return [
             str(part)
-            for k, v in options.items()
+            for k, values in options.items()
+            for v in (values if isinstance(values, list) else [values])
             if v is not None
             for part in ([f"--{k}"] if v is True else [f"--{k}", v])
         ]
@@ -148,6 +149,55 @@ def test_rollout_chain_late_diffusion_and_continuing_from_a_lora(flags, lora_of,
     assert 0 < moved < 2e-3, "one Adam step of 1e-3 from the saved LoRA, not from a new one"
 
 
+def test_two_guides_with_weights(flags, tmp_path, tiny_guide):
+    """The weighted mean guides; each guide's score is logged and has its row in the table, on its own scale."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from acpo_utils.evaluators import TwoStreamIQA
+
+    torch.manual_seed(4)
+    TwoStreamIQA(widths=(4, 4, 8, 8), fusion_width=8).save_pretrained(tmp_path / "quality")
+    (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\n")
+    specs = [f"ipce:{tiny_guide}", f"two-stream:{tmp_path / 'quality'}"]
+    out = launch(
+        *flags(evaluator=specs, evaluator_weight=[1.4, 0.6], max_train_steps=1, report_to="tensorboard"),
+        *["--eval_prompts", tmp_path / "prompts.txt", "--num_inference_steps", "2"],
+    )
+    settings = json.loads((tmp_path / "out" / "args.json").read_text())
+    assert settings["evaluator"] == specs and settings["evaluator_weight"] == pytest.approx([0.7, 0.3])
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparisons"]
+    assert list(rows) == ["guide", "guide 0.7 ipce-guide", "guide 0.3 two-stream-quality"]
+    weighted, ipce, two_stream = (row["base_mean"] for row in rows.values())
+    assert weighted == pytest.approx(0.7 * ipce / 5 + 0.3 * two_stream / 100, abs=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("guide 0.3 two-stream-quality", ", ".join(specs)):
+        assert text in card
+    assert "| guide 0.7 ipce-guide |" in out
+    (events,) = (tmp_path / "out" / "logs").glob("*/events*")
+    log = EventAccumulator(str(events)).Reload()
+    score, *parts = (log.Scalars(tag)[0].value for tag in ("score", "score_ipce-guide", "score_two-stream-quality"))
+    assert score == pytest.approx(0.7 * parts[0] + 0.3 * parts[1], abs=1e-5)
+
+
+def test_the_demos_own_guide_gives_way_to_a_named_one(monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("train_acpo_lora_sd", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def parse(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_acpo_lora_sd.py", *flags])
+        args = script.parse_args()
+        return args.evaluator, args.evaluator_weight
+
+    assert parse() == ([script.DEMO["evaluator"]], [1.0])
+    assert parse("--evaluator", "pickscore") == (["pickscore"], [1.0])
+    assert parse("--evaluator", "a", "--evaluator", "b") == (["a", "b"], [0.5, 0.5])
+    both = ("--evaluator", "a", "--evaluator_weight", "3", "--evaluator", "b", "--evaluator_weight", "1")
+    assert parse(*both) == (["a", "b"], [0.75, 0.25])
+
+
 BAD_INPUT = {
     "missing data": ({"train_data_dir": "no/such/folder"}, "no/such/folder"),
     "unknown column": ({"caption_column": "caption"}, "caption"),
@@ -155,6 +205,12 @@ BAD_INPUT = {
     "resolution": ({"resolution": 33}, "--resolution must be a multiple of"),
     "missing evaluator": ({"evaluator": "ipce:no/such/guide"}, "no/such/guide"),
     "kind of evaluator": ({"evaluator": "fid:x"}, "fid:x"),
+    "one weight for two": ({"evaluator": ["a", "b"], "evaluator_weight": 1}, "one for each evaluator, found 1 for 2"),
+    "weight of 0": (
+        {"evaluator": ["a", "b"], "evaluator_weight": [1, 0]},
+        "--evaluator_weight: expected weights above 0",
+    ),
+    "weight alone": ({"evaluator": None, "evaluator_weight": 1, "quality_weight": 0}, "found 1 for 0"),
     "model": ({"pretrained_model_name_or_path": "no/such/model"}, "expected a Stable Diffusion pipeline"),
     "checkpoint": ({"resume_from_checkpoint": "latest"}, "checkpoint"),
     "output folder": ({"output_dir": "/proc/acpo"}, "/proc/acpo cannot be written to"),

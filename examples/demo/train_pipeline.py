@@ -156,17 +156,25 @@ def main(args: argparse.Namespace) -> None:
     files = {split: str(DATA / f"{split}.parquet") for split in ("train", "new_combinations")}
     dataset = load_dataset("parquet", data_files=files)
     captions = dataset["train"]["text"][:]
-    tokenizer = CLIPTokenizer.from_pretrained(args.clip)
-    clip = open_clip.create_model(f"local-dir:{args.clip}").eval()
-    text_encoder = text_tower(clip, tokenizer).to(accelerator.device)
-    vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False).to(accelerator.device)
+    if args.continue_from:
+        pipeline = StableDiffusionPipeline.from_pretrained(args.continue_from, dtype=torch.float32)
+        tokenizer, text_encoder, vae, unet = (
+            pipeline.components[name] for name in ("tokenizer", "text_encoder", "vae", "unet")
+        )
+    else:
+        tokenizer = CLIPTokenizer.from_pretrained(args.clip)
+        text_encoder = text_tower(open_clip.create_model(f"local-dir:{args.clip}").eval(), tokenizer)
+        vae = AutoencoderKL.from_pretrained(args.vae)
+        unet = new_unet(text_encoder.config.hidden_size)
+    for model in (text_encoder, vae):
+        model.eval().requires_grad_(False).to(accelerator.device)
+    unet.train().to(memory_format=torch.channels_last)
     latents = encode_images(vae.to(memory_format=torch.channels_last), dataset["train"]["image"][:])
     different = sorted({*captions, ""})  # "" is the unconditional prompt
     prompt_embeds = encode_captions(text_encoder, tokenizer, different)
     row_of = {caption: row for row, caption in enumerate(different)}
     caption_rows, empty_row = torch.tensor([row_of[caption] for caption in captions]), row_of[""]
 
-    unet = new_unet(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
     noise_scheduler = DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -221,8 +229,9 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True, help="folder written by train_vae.py")
-    parser.add_argument("--clip", type=Path, required=True, help="folder written by train_clip.py")
+    parser.add_argument("--vae", type=Path, help="folder written by train_vae.py")
+    parser.add_argument("--clip", type=Path, help="folder written by train_clip.py")
+    parser.add_argument("--continue_from", type=Path, help="a pipeline folder whose U-Net learns on, in place of both")
     parser.add_argument("--output_dir", type=Path, default=Path("pipeline-demo"))
     parser.add_argument("--max_train_steps", type=int, default=5000)
     parser.add_argument("--train_batch_size", type=int, default=32)
@@ -233,4 +242,7 @@ if __name__ == "__main__":
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--resume", action="store_true", help="continue from the state beside --output_dir")
     parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    args = parser.parse_args()
+    if (args.continue_from is None) == (args.vae is None or args.clip is None):
+        parser.error("expected --vae and --clip, or --continue_from")
+    main(args)
