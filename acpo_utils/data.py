@@ -23,7 +23,7 @@ def load_captioned_images(
     dataset_config_name: str | None = None,
     train_data_dir: str | None = None,
     image_column: str = "image",
-    caption_column: str = "text",
+    caption_column: str | None = "text",
     max_train_samples: int | None = None,
     cache_dir: str | None = None,
     seed: int = 0,
@@ -33,8 +33,8 @@ def load_captioned_images(
 
     A folder holds images with a `metadata.jsonl` (`file_name` and the caption column), or parquet files named after
     their split (`train.parquet`, `train-*.parquet`, `data/train-*.parquet`). `max_train_samples` takes a random
-    subset chosen by `seed`. The image column comes undecoded, as rows of {"bytes", "path"}, so that a file that
-    cannot be read can be named (`check_images`).
+    subset chosen by `seed`. `caption_column` None: images alone will do. The image column comes undecoded, as rows of
+    {"bytes", "path"}, so that a file that cannot be read can be named (`check_images`).
 
     Raises ValueError, in one line, for an unknown path or column, an empty data set, a column that holds no images
     or no captions, and if not exactly one source is given.
@@ -54,7 +54,7 @@ def load_captioned_images(
         raise ValueError(f"Data set {source} ({split}) cannot be loaded: {_reason(error)}{expected}") from error
 
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-        if column not in dataset.column_names:
+        if column is not None and column not in dataset.column_names:
             found = ", ".join(dataset.column_names)
             raise ValueError(f"{flag} {column}: data set {source} has no such column, it has: {found}.")
     feature = dataset.features[image_column]
@@ -62,17 +62,22 @@ def load_captioned_images(
         isinstance(feature, dict) and {"bytes", "path"} == set(feature)
     ):
         raise ValueError(f"--image_column {image_column} of {source}: expected images, found {_kind(feature)}.")
+    if caption_column is not None:
+        _check_captions(dataset, caption_column, source)
+
+    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    if max_train_samples is not None and max_train_samples < len(dataset):
+        dataset = dataset.shuffle(seed=seed).select(range(max_train_samples))
+    return dataset
+
+
+def _check_captions(dataset: datasets.Dataset, caption_column: str, source: str) -> None:
     feature = dataset.features[caption_column]
     feature = feature.feature if isinstance(feature, datasets.List) else feature  # several captions for one image
     if _kind(feature) not in ("string", "large_string"):
         raise ValueError(f"--caption_column {caption_column} of {source}: expected text, found {_kind(feature)}.")
     if missing := dataset.data.column(caption_column).null_count:
         raise ValueError(f"--caption_column {caption_column} of {source}: {missing} of {len(dataset)} rows are empty.")
-
-    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    if max_train_samples is not None and max_train_samples < len(dataset):
-        dataset = dataset.shuffle(seed=seed).select(range(max_train_samples))
-    return dataset
 
 
 def _local_files(path: Path, split: str) -> dict:

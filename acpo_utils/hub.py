@@ -8,6 +8,8 @@ from acpo_utils.checkpoints import LORA_NAME, atomic_write
 
 IGNORE_PATTERNS = [
     "checkpoint-*",
+    "best/*",
+    "stage-*/*.safetensors",
     ".*",
     "*.tmp",
 ]  # what a training folder holds and a reader of the model has no use for
@@ -28,7 +30,7 @@ image = pipeline("a prompt").images[0]
 def save_model_card(
     output_dir: str | Path,
     *,
-    base_model: str,
+    base_model: str | None,
     model_description: str,
     tags: Sequence[str],
     settings: dict,
@@ -39,8 +41,9 @@ def save_model_card(
 ) -> Path:
     """Writes `output_dir/README.md`: what it is, how to load it, the results, and the settings of the run.
 
-    `image_files` are names of pictures in `output_dir`, `metrics` is a Markdown table. Hub ids of the base model and
-    the data set go into the card's metadata; local paths stay in its text, since the hub would refuse them there.
+    `base_model` is None for what was trained from scratch. `image_files` are names of pictures in `output_dir`,
+    `metrics` is a Markdown table. Hub ids of the base model and the data set go into the card's metadata; local paths
+    stay in its text, since the hub would refuse them there.
     The text is given whole: the template of diffusers' `load_or_create_model_card` leaves "TODO" sections in it, and
     a card that the repository already has on the hub would be kept in place of this run's.
     """
@@ -49,12 +52,13 @@ def save_model_card(
 
     output_dir = Path(output_dir)
     data = ModelCardData(
-        base_model=None if _is_local(base_model) else base_model,
+        base_model=None if base_model is None or _is_local(base_model) else base_model,
         datasets=None if dataset is None or _is_local(dataset) else [dataset],
         license=license,
         library_name="diffusers",
     )
-    sections = [f"# {output_dir.resolve().name}\n\n{model_description}\n\nBase model: {base_model}"]
+    base = base_model or "none, trained from scratch"
+    sections = [f"# {output_dir.resolve().name}\n\n{model_description}\n\nBase model: {base}"]
     if dataset is not None:
         sections[0] += f"  \nTraining data: {dataset}"
     if (output_dir / LORA_NAME).is_file():

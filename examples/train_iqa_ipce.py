@@ -1,20 +1,19 @@
 """Stage 1 of ACPO: train an IPCE evaluator on (image, prompt, mean opinion score) rows (section 3.2, eqs. 1-3).
 
-    accelerate launch examples/train_iqa_ipce.py --train_data_dir agiqa-3k --clip_model ViT-B-32 --clip_pretrained openai
+    accelerate launch examples/train_iqa_ipce.py --clip_model ViT-B-32 --clip_pretrained openai \
+        --stages agiqa-1k:PATH agiqa-3k:PATH+aigciqa2023:PATH aigiqa-20k:PATH
 
-The result is a folder for `acpo_utils.evaluators.load_evaluator("ipce:PATH")`. docs/evaluators.md has the formulas.
+The result is a folder for `acpo_utils.evaluators.load_evaluator("ipce:PATH")`. docs/evaluators.md has the formulas and
+the stages, docs/datasets.md the rating sets.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
-import hashlib
 import json
 import logging
 import math
 import os
-import random
-import shutil
-from collections import defaultdict
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -22,37 +21,44 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
-from datasets import Image, get_dataset_split_names
+from datasets import Image
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
+from acpo_utils.agreement import Best, agreement, copy_evaluator, save_evaluator
 from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint, save_checkpoint
-from acpo_utils.data import check_images, load_captioned_images, to_rgb
+from acpo_utils.data import to_rgb
 from acpo_utils.evaluators import IPCE
 from acpo_utils.hub import push_to_hub, save_model_card
+from acpo_utils.rated_images import load_rated_images
+from acpo_utils.rating_reports import agreement_table, matched_above_mismatched, save_scatter
+from acpo_utils.rating_sets import TARGETS
 from acpo_utils.seeds import EpochOrder, step_generator
-from acpo_utils.statistics import correlation
+from acpo_utils.stages import ScoreMaps, Stage, check_stage, read_stages, to_scale, value_per_stage
 
 
 logger = get_logger(__name__, log_level="INFO")
 
 
-def training_step(model, batch):
+def training_step(model, batch, maps=None):
     """The published L1 loss between score and mean opinion score, both on (0, 1); the score is eqs. 1-3 in IPCE."""
     scores = model(batch["whole"], batch["crops"], batch["prompts"])  # (B,) in (0, 1)
+    if maps is not None:  # of stages: from the score to each rating set's own use of its scale
+        scores = maps(scores, batch["sets"])  # (B,)
     return F.l1_loss(scores.float(), batch["mos"])  # mos: (B,) in [0, 1]
 
 
 class RatedImages(Dataset):
     """Rows in order (`evaluation`), or an endless reproducible stream: sample n is a function of (seed, n) alone."""
 
-    def __init__(self, rows, model, args, num_samples=None):
-        self.rows, self.args = rows.cast_column(args.image_column, Image()), args
+    def __init__(self, stage, split, model, args, num_samples=None):
+        self.stage, self.args = stage, args
+        self.rows = stage.splits[split].cast_column(args.image_column, Image())
         self.views = model.views
-        self.evaluation, self.num_samples = num_samples is None, num_samples or len(rows)
-        self.order = EpochOrder(len(rows), args.seed)
+        self.evaluation, self.num_samples = num_samples is None, num_samples or len(self.rows)
+        self.order = EpochOrder(len(self.rows), args.seed)
 
     def __len__(self):
         return self.num_samples
@@ -67,15 +73,17 @@ class RatedImages(Dataset):
             image = image.flip(-1)
         num_crops = None if self.evaluation else args.num_crops
         whole, crops = self.views(image, num_crops, generator)  # (1, 3, h, w), (1, N, 3, h, w)
-        low, high = args.mos_range
+        index = row["set"] if len(self.stage.names) > 1 else 0
+        low, high = self.stage.scales[index]
         mos = (row[args.mos_column] - low) / (high - low)
-        return {"whole": whole[0], "crops": crops[0], "mos": mos, "prompt": row[args.prompt_column]}
+        return {"whole": whole[0], "crops": crops[0], "mos": mos, "set": index, "prompt": row[args.prompt_column]}
 
 
 def collate(items):
     batch = {name: torch.stack([item[name] for item in items]) for name in ("whole", "crops")}
     mos = torch.tensor([item["mos"] for item in items], dtype=torch.float32)
-    return batch | {"mos": mos, "prompts": [item["prompt"] for item in items]}
+    sets = torch.tensor([item["set"] for item in items])
+    return batch | {"mos": mos, "sets": sets, "prompts": [item["prompt"] for item in items]}
 
 
 def parse_args():
@@ -98,7 +106,10 @@ def parse_args():
     add("--lock_text_unlocked_layers", type=int, default=0, help="of a frozen text tower, leave the last N layers trainable")
     add("--gradient_checkpointing", action="store_true")
     add("--weight_dtype", default="fp32", choices=["fp32", "fp16"], help="how the CLIP's weights are stored; they load as fp32")
-    # Data
+    # Data: rating sets in stages, or one data set
+    add("--stages", nargs="+", metavar="NAME:PATH[+NAME:PATH]", help="one or more rating sets for each stage: agiqa-1k, agiqa-3k, aigciqa2023, aigiqa-20k, csv")
+    add("--target", nargs="+", default=["quality"], choices=TARGETS, help="which score of the rating sets is learned; one, or one for each stage")
+    add("--split_seed", type=int, default=0, help="which prompts of a rating set without an official split are for validation and test")
     add("--train_data_dir", help="folder of train/validation/test parquet files, or image folders with metadata.jsonl or .csv")
     add("--dataset_name", help="data set on the hub")
     add("--dataset_config_name")
@@ -106,10 +117,10 @@ def parse_args():
     add("--image_column", default="image")
     add("--prompt_column", default="prompt")
     add("--mos_column", default="mos")
-    add("--mos_range", type=float, nargs=2, default=[0.0, 5.0], metavar=("LOW", "HIGH"), help="scale of the scores")
+    add("--mos_range", type=float, nargs=2, default=[0.0, 5.0], metavar=("LOW", "HIGH"), help="scale of the scores; of rating sets only that of a csv")
     add("--mismatch_column", default="mismatch", help='if there: "none" for an image\'s own prompt, otherwise what is wrong with the prompt')
     add("--group_column", help="report the test metrics also for each value of this column")
-    add("--max_train_samples", type=int)
+    add("--max_train_samples", type=int, help="at most so many rows, of each rating set")
     add("--max_validation_samples", type=int)
     add("--skip_bad_images", action="store_true", help="leave unreadable images out instead of stopping")
     add("--random_flip", action="store_true")
@@ -118,11 +129,11 @@ def parse_args():
     add("--seed", type=int, default=0)
     add("--train_batch_size", type=int, default=16)
     add("--eval_batch_size", type=int, default=32)
-    add("--num_train_epochs", type=int, default=30)
-    add("--max_train_steps", type=int, help="overrides --num_train_epochs")
+    add("--num_train_epochs", type=int, nargs="+", default=[30], help="one number, or one for each stage")
+    add("--max_train_steps", type=int, nargs="+", help="overrides --num_train_epochs; of one stage: one number, or one for each")
     add("--gradient_accumulation_steps", type=int, default=1)
-    add("--learning_rate", type=float, default=5e-6)
-    add("--head_learning_rate", type=float, default=1e-2, help="of a, b, bias (eq. 3) and the layer weights (eq. 2)")
+    add("--learning_rate", type=float, nargs="+", default=[5e-6], help="one number, or one for each stage")
+    add("--head_learning_rate", type=float, default=1e-2, help="of a, b, bias (eq. 3), the layer weights (eq. 2) and the rating sets' maps")
     add("--lr_scheduler", default="cosine", choices=[name.value for name in SchedulerType])
     add("--lr_warmup_steps", type=int, default=0)
     add("--adam_beta1", type=float, default=0.9)
@@ -133,7 +144,7 @@ def parse_args():
     add("--mixed_precision", choices=["no", "fp16", "bf16"])
     add("--allow_tf32", action="store_true")
     add("--dataloader_num_workers", type=int, default=0)
-    add("--validation_steps", type=int, default=500, help="also after the last step; the best evaluator is kept")
+    add("--validation_steps", type=int, default=500, help="also after a stage's last step; the best evaluator is kept")
     add("--checkpointing_steps", type=int, default=500)
     add("--checkpoints_total_limit", type=int)
     add("--resume_from_checkpoint", help='"latest" or a checkpoint-N folder')
@@ -145,24 +156,33 @@ def parse_args():
     # fmt: on
 
     args = parser.parse_args()
-    if not args.train_data_dir and not args.dataset_name:
+    if not args.stages and not args.train_data_dir and not args.dataset_name:
         parser.error(
-            "no data: pass --train_data_dir or --dataset_name. The demo's own rows are built by `python "
+            "no data: pass --stages, --train_data_dir or --dataset_name. The demo's own rows are built by `python "
             "examples/demo/build_labels.py --output_dir labels`, then --train_data_dir labels"
         )
     if args.mos_range[0] >= args.mos_range[1]:
         parser.error(f"--mos_range: expected LOW below HIGH, found {args.mos_range}")
-    for name in (
-        "train_batch_size",
-        "eval_batch_size",
-        "gradient_accumulation_steps",
-        "validation_steps",
-        "checkpointing_steps",
-    ):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, found {getattr(args, name)}")
-    if args.max_train_steps is not None and args.max_train_steps < 1:
-        parser.error(f"--max_train_steps: expected at least 1, found {args.max_train_steps}")
+    counts = ["num_train_epochs", "max_train_steps", "train_batch_size", "eval_batch_size"]
+    for name in [*counts, "gradient_accumulation_steps", "validation_steps", "checkpointing_steps"]:
+        values = getattr(args, name)
+        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
+            parser.error(f"--{name}: expected at least 1, found {values}")
+    if args.stages and (args.train_data_dir or args.dataset_name):
+        parser.error("expected one of --stages, --train_data_dir and --dataset_name, found several")
+    if args.stages and (args.image_column, args.prompt_column, args.mos_column) != ("image", "prompt", "mos"):
+        parser.error(
+            "--image_column, --prompt_column and --mos_column go with other data than --stages: leave them out"
+        )
+    try:
+        number = len(args.stages or [args.train_data_dir])
+        args.learning_rate = value_per_stage("learning_rate", args.learning_rate, number)
+        args.num_train_epochs = value_per_stage("num_train_epochs", args.num_train_epochs, number)
+        args.max_train_steps = args.max_train_steps and value_per_stage(
+            "max_train_steps", args.max_train_steps, number
+        )
+    except ValueError as error:
+        parser.error(str(error))
     if args.clip_pretrained is None and not os.path.isdir(args.clip_model) and ":" not in args.clip_model:
         args.clip_pretrained = "openai"
     if args.push_to_hub and args.report_to == "wandb" and args.hub_token:
@@ -170,72 +190,35 @@ def parse_args():
     return args
 
 
-def load_split(args, split):
-    """One split of the data, or None if there is none of that name; the training split is whatever there is."""
-    source = {"dataset_name": args.dataset_name, "train_data_dir": args.train_data_dir}
-    if args.train_data_dir:
-        folder = Path(args.train_data_dir)
-        parquet = any(
-            file.stem == split or file.stem.startswith(f"{split}-")
-            for file in [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
+def load_stages(args):
+    """The rows of each stage, split and checked; --train_data_dir and --dataset_name are one stage without maps."""
+    limits = {"train": args.max_train_samples, "validation": args.max_validation_samples}
+    if args.stages:
+        return read_stages(
+            args.stages, args.target, args.split_seed, tuple(args.mos_range), args.skip_bad_images, limits
         )
-        if (folder / split).is_dir():
-            source["train_data_dir"] = str(folder / split)
-        elif split != "train" and not parquet:
-            return None
-    elif split != "train":
-        if split not in get_dataset_split_names(args.dataset_name, args.dataset_config_name):
-            return None
-    rows = load_captioned_images(
-        **source,
+    splits = load_rated_images(
+        train_data_dir=args.train_data_dir,
+        dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         image_column=args.image_column,
-        caption_column=args.prompt_column,
-        max_train_samples={"train": args.max_train_samples, "validation": args.max_validation_samples}.get(split),
+        prompt_column=args.prompt_column,
+        mos_column=args.mos_column,
+        mos_range=args.mos_range,
+        skip_bad_images=args.skip_bad_images,
+        max_samples=limits,
         cache_dir=args.cache_dir,
         seed=args.seed,
-        split="train" if (source["train_data_dir"] or "") != (args.train_data_dir or "") else split,
     )
-    if args.mos_column not in rows.column_names:
-        raise ValueError(f"--mos_column {args.mos_column}: expected one of {rows.column_names} ({split}).")
-    low, high = args.mos_range
-    for number, mos in enumerate(rows[args.mos_column][:]):
-        if not isinstance(mos, (int, float)) or not low <= mos <= high:
-            raise ValueError(
-                f"--mos_column {args.mos_column}, row {number} of {split}: expected a number from {low:g} to {high:g} "
-                f"(--mos_range), found {mos!r}."
-            )
-    return check_images(rows, args.image_column, args.skip_bad_images)
+    return [Stage(names=("ratings",), scales=(tuple(args.mos_range),), splits=splits)]
 
 
-def load_rows(args):
-    """{"train", "validation", "test"}. A split that is missing takes a tenth of the training prompts, with all their
-    rows, so that no prompt stands on both sides."""
-    splits = {split: load_split(args, split) for split in ("train", "validation", "test")}
-    prompts = sorted(set(splits["train"][args.prompt_column][:]))
-    random.Random(args.seed).shuffle(prompts)
-    for split in [split for split, rows in splits.items() if rows is None]:
-        count = max(1, len(prompts) // 10)
-        chosen, prompts = set(prompts[:count]), prompts[count:]
-        if not prompts:
-            raise ValueError(f"Too few prompts to split off {split}: expected at least 3, or files of its own.")
-        inside = [prompt in chosen for prompt in splits["train"][args.prompt_column]]
-        splits[split] = splits["train"].select([i for i, yes in enumerate(inside) if yes])
-        splits["train"] = splits["train"].select([i for i, yes in enumerate(inside) if not yes])
-    for split in ("validation", "test"):
-        if len(set(splits[split][args.mos_column][:])) < 2:
-            raise ValueError(
-                f"{split}: expected at least two different scores to rank, found {len(splits[split])} rows."
-            )
-    return splits
-
-
-def build_model(args):
-    if args.init_evaluator:
-        model = IPCE.from_pretrained(args.init_evaluator)
+def build_model(args, init_evaluator):
+    if init_evaluator:
+        model = IPCE.from_pretrained(init_evaluator)
         if model.config.head != args.head:
             raise ValueError(
-                f"--init_evaluator {args.init_evaluator}: expected head {args.head}, found {model.config.head}."
+                f"--init_evaluator {init_evaluator}: expected head {args.head}, found {model.config.head}."
             )
     else:
         model = IPCE.from_open_clip(
@@ -254,23 +237,21 @@ def build_model(args):
     return model
 
 
-def evaluation_loader(rows, model, args):
-    dataset = RatedImages(rows, model, args)
+def evaluation_loader(dataset, args):
     return DataLoader(dataset, args.eval_batch_size, collate_fn=collate, num_workers=args.dataloader_num_workers)
 
 
 @torch.no_grad()
-def fit_head(model, rows, accelerator, args, num_rows=1000):
+def fit_head(model, stage, accelerator, args, num_rows=1000):
     """Starts a and bias of eq. 3 where the pretrained CLIP's similarities fit the ratings best (least squares).
 
     From arbitrary numbers, training would first bend the whole CLIP until its cosines suit them: on the demo's labels
     that cost more than the training gained.
     """
-    rows = rows.select(range(0, len(rows), math.ceil(len(rows) / num_rows)))
+    rows = RatedImages(stage, "train", model, args)
+    loader = evaluation_loader(Subset(rows, range(0, len(rows), math.ceil(len(rows) / num_rows))), args)
     similarities, mos = [], []
-    for batch in tqdm(
-        evaluation_loader(rows, model, args), desc="head", leave=False, disable=not accelerator.is_local_main_process
-    ):
+    for batch in tqdm(loader, desc="head", leave=False, disable=not accelerator.is_local_main_process):
         s_align, s_struct = model.similarities(batch["whole"].to(accelerator.device), batch["prompts"])
         similarities.append(torch.stack([s_align, torch.ones_like(s_align), s_struct], dim=-1))  # (B, 3)
         mos.append(batch["mos"])
@@ -294,137 +275,212 @@ def predict(model, loader, accelerator, description):
     return torch.cat(scores)
 
 
-def measure(rows, scores, args):
-    """SRCC, PLCC, KRCC and RMSE on the scale of the ratings; pairs: how often an image's own prompt scores higher."""
-    low, high = args.mos_range
-    predictions = scores.double() * (high - low) + low
-    mos = torch.tensor(rows[args.mos_column][:], dtype=torch.float64)
-    metrics = {name: float(value) for name, value in correlation(predictions.numpy(), mos.numpy()).items()}
-    metrics |= {
-        "count": len(rows),
+def measure(stage, split, scores, lines, args):
+    """What `measure_rows` says of each set of the stage. `lines`: slope and intercept of each set's map."""
+    return {
+        name: measure_rows(stage, split, index, stage.of_set(split, index), scores, lines, args)
+        for index, name in enumerate(stage.names)
+    }
+
+
+def measure_rows(stage, split, index, rows, scores, lines, args):
+    """Agreement with the ratings, on their scale; pairs: how often an image's own prompt scores higher."""
+    table, scores = stage.splits[split].select(rows), scores[rows]
+    predictions = to_scale(scores, stage.scales[index], lines[index])
+    metrics = agreement(predictions, table[args.mos_column][:]) | {
         "mean_score": predictions.mean().item(),
         "saturated": ((scores < 0.01) | (scores > 0.99)).double().mean().item(),
     }
-    if args.mismatch_column in rows.column_names:
-        metrics["pairs"] = matched_above_mismatched(rows, scores, args)
+    if args.mismatch_column in table.column_names:
+        metrics["pairs"] = matched_above_mismatched(
+            table[args.image_column][:], table[args.mismatch_column][:], scores.tolist()
+        )
     return metrics
 
 
-def matched_above_mismatched(rows, scores, args):
-    """Over all pairs (own prompt, wrong prompt) of one picture: the share in which the own prompt scores higher."""
-    pictures = defaultdict(lambda: ([], []))
-    for cell, mismatch, score in zip(rows[args.image_column][:], rows[args.mismatch_column][:], scores.tolist()):
-        key = hashlib.sha256(cell["bytes"] or Path(cell["path"]).read_bytes()).digest()
-        if mismatch in (None, "", "none"):
-            pictures[key][0].append(score)
-        else:
-            pictures[key][1].append((mismatch, score))
-    wins = defaultdict(list)
-    for matched, mismatched in pictures.values():
-        for own in matched:
-            for kind, score in mismatched:
-                wins[kind].append(own > score)
-                wins["any"].append(own > score)
-    return {kind: {"share": sum(won) / len(won), "pairs": len(won)} for kind, won in sorted(wins.items())}
+def best_folder(number, args):
+    """Where the best evaluator of a stage is kept while it trains; of one of --stages also when it is finished."""
+    return Path(args.output_dir, f"stage-{number}" if args.stages else "best")
 
 
-def save_scatter(path, rows, scores, metrics, args):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    low, high = args.mos_range
-    figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
-    axis.scatter(rows[args.mos_column][:], (scores * (high - low) + low).tolist(), s=6, alpha=0.4, linewidths=0)
-    axis.plot([low, high], [low, high], color="grey", linewidth=1)
-    axis.set(xlabel="mean opinion score", ylabel="prediction", xlim=(low, high), ylim=(low, high), aspect="equal")
-    axis.set_title(f"{metrics['count']} test rows: SRCC {metrics['srcc']:.3f}, PLCC {metrics['plcc']:.3f}")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-
-
-def save_evaluator(model, folder, args):
-    """Written beside `folder` and renamed, so that `folder` is always whole."""
-    temporary, old = Path(f"{folder}.tmp"), Path(f"{folder}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(temporary, dtype=torch.float16 if args.weight_dtype == "fp16" else None)
-    if Path(folder).exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def copy_file(source, target):
-    with atomic_write(target) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-class Best:
-    """Which validation was best so far; part of every checkpoint."""
-
-    step, value = 0, -math.inf
-
-    def state_dict(self):
-        return {"step": self.step, "value": self.value}
-
-    def load_state_dict(self, state):
-        self.step, self.value = state["step"], state["value"]
-
-
-def metrics_table(metrics):
-    """Markdown: one line for validation, one for the test rows, one for each group of them."""
-    lines = [
-        "| rows | number | SRCC | PLCC | KRCC | RMSE | own prompt above wrong ones |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    groups = {f"test, {name}": group for name, group in metrics["test"].get("groups", {}).items()}
-    for name, part in ({"validation": metrics["validation"], "test": metrics["test"]} | groups).items():
-        pairs = part.get("pairs", {})
-        shares = ", ".join(f"{kind} {100 * pair['share']:.1f} %" for kind, pair in pairs.items())
-        numbers = " | ".join(f"{part[key]:.3f}" for key in ("srcc", "plcc", "krcc", "rmse"))
-        lines.append(f"| {name} | {part['count']} | {numbers} | {shares} |")
-    return "\n".join(lines)
-
-
-def finish(best, splits, accelerator, args):
-    """The test rows are looked at here, once, by the evaluator that validation chose."""
-    output_dir = Path(args.output_dir)
-    model = IPCE.from_pretrained(output_dir / "best").requires_grad_(False).to(accelerator.device)
-    scores = {}
+def finish_stage(number, stage, best, accelerator, args):
+    """A stage's test rows are looked at here, once, by the evaluator that validation chose. Returns the report."""
+    folder = best_folder(number, args)
+    if args.stages and (folder / "metrics.json").is_file():  # of a run that was cut after its stage's end
+        return json.loads((folder / "metrics.json").read_text())
+    model = IPCE.from_pretrained(folder).requires_grad_(False).to(accelerator.device)
+    report = {"stage": number, "best_step": best.step, "sets": {name: {} for name in stage.names}}
     for split in ("validation", "test"):
-        loader = accelerator.prepare(evaluation_loader(splits[split], model, args))
-        scores[split] = predict(model, loader, accelerator, split)
+        loader = accelerator.prepare(evaluation_loader(RatedImages(stage, split, model, args), args))
+        scores = predict(model, loader, accelerator, split)
+        for name, metrics in measure(stage, split, scores, best.lines, args).items():
+            report["sets"][name][split] = metrics  # and of the test rows, `scores` is needed below
     if not accelerator.is_main_process:
-        return
-    metrics = {"best_step": best.step} | {split: measure(splits[split], scores[split], args) for split in scores}
-    if args.group_column:
-        groups = splits["test"][args.group_column][:]
-        metrics["test"]["groups"] = {}
-        for group in sorted(set(groups)):
-            rows = [i for i, value in enumerate(groups) if value == group]
-            metrics["test"]["groups"][str(group)] = measure(splits["test"].select(rows), scores["test"][rows], args)
-    with atomic_write(output_dir / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
-    save_scatter(output_dir / "scatter.png", splits["test"], scores["test"], metrics["test"], args)
-    # A copy: a checkpoint can be resumed only beside its "best" folder.
-    shutil.copytree(output_dir / "best", output_dir, copy_function=copy_file, dirs_exist_ok=True)
-    table = metrics_table(metrics)
+        return None
+    table = stage.splits["test"]
+    for index, (name, metrics) in enumerate(report["sets"].items()):
+        rows = stage.of_set("test", index)
+        if args.stages:
+            metrics["map"] = dict(zip(("slope", "intercept"), best.lines[index]))
+        if args.group_column:
+            groups, values = {}, table[args.group_column][:]
+            for row in rows:
+                groups.setdefault(str(values[row]), []).append(row)
+            metrics["test"]["groups"] = {
+                group: measure_rows(stage, "test", index, members, scores, best.lines, args)
+                for group, members in sorted(groups.items())
+                if len(members) > 1  # one row has no rank
+            }
+        save_scatter(
+            folder / f"scatter-{name}.png" if args.stages else Path(args.output_dir, "scatter.png"),
+            table.select(rows)[args.mos_column][:],
+            to_scale(scores[rows], stage.scales[index], best.lines[index]).tolist(),
+            stage.scales[index],
+            "{count} test rows: SRCC {srcc:.3f}, PLCC {plcc:.3f}".format(**metrics["test"]),
+        )
+    if args.stages:
+        with atomic_write(folder / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def finish(reports, args):
+    """The last stage's evaluator is the result, with the reports of all stages and a model card."""
+    output_dir = Path(args.output_dir)
+    copy_evaluator(best_folder(len(reports), args), output_dir)
+    parts = {}
+    for report in reports:
+        for name, measured in report["sets"].items():
+            prefix = f"stage {report['stage']}, {name}, " if args.stages else ""
+            parts |= {f"{prefix}{split}": measured[split] for split in ("validation", "test")}
+            parts |= {f"{prefix}test, {group}": part for group, part in measured["test"].get("groups", {}).items()}
+    table = agreement_table(parts)
     print(f"\n{table}\n\nEvaluator: {output_dir}")
+    description = (
+        "IPCE, an evaluator of image quality given a prompt, for ACPO (Anchor-Constrained Perceptual Optimization)."
+    )
+    if args.stages:
+        description += f" Trained in stages: {'; '.join(' + '.join(report['sets']) for report in reports)}."
     save_model_card(
         output_dir,
         base_model=args.init_evaluator or args.clip_model,
-        model_description="IPCE, an evaluator of image quality given a prompt, for ACPO (Anchor-Constrained Perceptual Optimization).",
+        model_description=description,
         tags=["image-quality-assessment", "clip", "acpo"],
         dataset=args.dataset_name or args.train_data_dir,
-        image_files=["scatter.png"],
+        image_files=sorted(path.name for path in output_dir.glob("scatter*.png")),
         metrics=table,
         settings={k: v for k, v in vars(args).items() if v is not None and k != "hub_token"},
     )
+    metrics = reports[0]["sets"].get("ratings", {}) | {"best_step": reports[0]["best_step"]}
+    with atomic_write(output_dir / "metrics.json") as temporary:  # the last file: the run is complete
+        temporary.write_text(json.dumps({"stages": reports} if args.stages else metrics, indent=2) + "\n")
     if args.push_to_hub:
         push_to_hub(output_dir, args.hub_model_id, args.hub_token, "End of training")
+
+
+def train_stage(number, stage, start, end, checkpoint, best, accelerator, args):
+    """Steps `start` + 1 to `end` of the run, from the last stage's best evaluator, or from a checkpoint of this one."""
+    model = build_model(args, best_folder(number - 1, args) if number > 1 else args.init_evaluator)
+    model = model.to(accelerator.device)
+    if args.head == "alignment_structure" and number == 1 and not args.init_evaluator and not checkpoint:
+        fit_head(model, stage, accelerator, args)
+        logger.info(f"head at the start: a {model.a.item():.3f}, b {model.b.item():.3f}, bias {model.bias.item():.3f}")
+
+    # Only the head's numbers are far from where they belong at the start, and they are few: a rate of their own.
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = [parameter for name, parameter in trained.items() if not name.startswith("clip.")]
+    clip = [parameter for name, parameter in trained.items() if name.startswith("clip.")]
+    if not trained:
+        raise ValueError("Nothing to train: --lock_image and --lock_text leave head prompt_levels no parameters.")
+    maps = ScoreMaps(len(stage.names)).to(accelerator.device) if args.stages else None
+    head += maps.parameters() if args.stages else []
+    groups = [{"params": clip, "weight_decay": args.adam_weight_decay}] if clip else []
+    groups += [{"params": head, "lr": args.head_learning_rate, "weight_decay": 0.0}] if head else []
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.learning_rate[number - 1], betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=(end - start) * accelerator.num_processes,
+    )
+    step = checkpoint_step(checkpoint) if checkpoint else start
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    samples = RatedImages(stage, "train", model, args, num_samples=(end - start) * samples_per_step)
+    rest = Subset(samples, range((step - start) * samples_per_step, len(samples)))  # a resumed run goes on there
+    loader = DataLoader(rest, args.train_batch_size, collate_fn=collate, num_workers=args.dataloader_num_workers)
+    validation_loader = evaluation_loader(RatedImages(stage, "validation", model, args), args)
+    model, optimizer, lr_scheduler, loader, validation_loader = accelerator.prepare(
+        model, optimizer, lr_scheduler, loader, validation_loader
+    )
+    maps = accelerator.prepare(maps) if args.stages else None
+    best.load_state_dict(vars(Best(number)))
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        if best.step and not best_folder(number, args).is_dir():
+            raise ValueError(
+                f"{checkpoint} goes with the evaluator of step {best.step} in {best_folder(number, args)}, which is missing."
+            )
+    logger.info(f"***** Running training{f', stage {number}: ' + ', '.join(stage.names) if args.stages else ''} *****")
+    logger.info(
+        f"  rows: {', '.join(f'{len(rows)} {split}' for split, rows in stage.splits.items())}; "
+        f"{sum(p.numel() for p in clip + head)} trained parameters; steps {step}..{end}"
+    )
+    progress = tqdm(total=end, initial=step, disable=not accelerator.is_local_main_process)
+    skipped_steps, skipped_in_a_row = 0, 0
+    model.train()
+    for batch in loader:
+        with accelerator.accumulate(model, *([maps] if args.stages else [])):
+            loss = training_step(model, batch, maps)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(clip + head, args.max_grad_norm).item()
+                finite = math.isfinite(grad_norm)
+                # fp16's loss scaler skips the step itself, and must see it in order to lower its scale.
+                if not finite and accelerator.scaler is None:
+                    optimizer.zero_grad()
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+        skipped_steps += not finite
+        if skipped_in_a_row == 10:
+            raise FloatingPointError(
+                f"the gradient was not finite in ten steps in a row, up to step {step}: lower --learning_rate, or use "
+                f"bf16 in place of fp16. Checkpoints in {args.output_dir} are as they were."
+            )
+        progress.update()
+        logs = {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step)
+        progress.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+        if step % args.validation_steps == 0 or step == end:
+            scores = predict(model, validation_loader, accelerator, "validation")
+            lines = accelerator.unwrap_model(maps).lines() if args.stages else best.lines
+            measured = measure(stage, "validation", scores, lines, args)
+            for name, metrics in measured.items():
+                prefix = f"validation/{name}/" if args.stages else "validation/"
+                accelerator.log({prefix + key: value for key, value in metrics.items() if key != "pairs"}, step=step)
+                logger.info(
+                    f"step {step}: {prefix[:-1]} SRCC {metrics['srcc']:.4f}, PLCC {metrics['plcc']:.4f}, "
+                    f"pairs {metrics.get('pairs', {}).get('any', {'share': math.nan})['share']:.4f}"
+                )
+            value = sum(metrics["srcc"] + metrics["plcc"] for metrics in measured.values()) / (2 * len(measured))
+            value = -math.inf if math.isnan(value) else value  # constant scores have no rank; nothing is above nan
+            if value > best.value or not best.step:
+                best.step, best.value, best.lines = step, value, lines
+                if accelerator.is_main_process:
+                    dtype = torch.float16 if args.weight_dtype == "fp16" else None
+                    save_evaluator(accelerator.unwrap_model(model), best_folder(number, args), dtype=dtype)
+            model.train()
+        if step % args.checkpointing_steps == 0 or step == end:
+            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+    progress.close()
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()  # the next stage has an optimizer, and a schedule, of its own
 
 
 def main(args):
@@ -450,120 +506,37 @@ def main(args):
         raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.num_processes)
     with accelerator.main_process_first():
-        splits = load_rows(args)
-    if args.group_column and args.group_column not in splits["test"].column_names:
-        raise ValueError(f"--group_column {args.group_column}: expected one of {splits['test'].column_names}.")
-    model = build_model(args).to(accelerator.device)
-    if args.head == "alignment_structure" and not args.init_evaluator and not checkpoint:
-        fit_head(model, splits["train"], accelerator, args)
-        logger.info(f"head at the start: a {model.a.item():.3f}, b {model.b.item():.3f}, bias {model.bias.item():.3f}")
-
-    # Only the head's numbers are far from where they belong at the start, and they are few: a rate of their own.
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    head = [parameter for name, parameter in trained.items() if not name.startswith("clip.")]
-    clip = [parameter for name, parameter in trained.items() if name.startswith("clip.")]
-    groups = [{"params": clip, "weight_decay": args.adam_weight_decay}] if clip else []
-    groups += [{"params": head, "lr": args.head_learning_rate, "weight_decay": 0.0}] if head else []
-    if not groups:
-        raise ValueError("Nothing to train: --lock_image and --lock_text leave head prompt_levels no parameters.")
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
-    )
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    steps_per_epoch = math.ceil(len(splits["train"]) / samples_per_step)
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
+        stages = load_stages(args)
+    for stage in stages:
+        if args.group_column and args.group_column not in stage.splits["test"].column_names:
+            raise ValueError(
+                f"--group_column {args.group_column}: expected one of {stage.splits['test'].column_names}."
+            )
+    if not args.max_train_steps:
+        samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        steps_per_epoch = [math.ceil(len(stage.splits["train"]) / samples_per_step) for stage in stages]
+        args.max_train_steps = [epochs * steps for epochs, steps in zip(args.num_train_epochs, steps_per_epoch)]
+    ends = list(accumulate(args.max_train_steps))  # the step of the run at which each stage ends
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
-    if first_step >= args.max_train_steps and checkpoint:
-        raise ValueError(f"{checkpoint} is already at step {first_step} of --max_train_steps {args.max_train_steps}.")
-    samples = RatedImages(splits["train"], model, args, num_samples=args.max_train_steps * samples_per_step)
-    loader = DataLoader(
-        Subset(samples, range(first_step * samples_per_step, len(samples))),  # a resumed run goes on with its sample
-        args.train_batch_size,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-    )
+    if first_step > ends[-1] or (first_step == ends[-1] and Path(args.output_dir, "metrics.json").is_file()):
+        raise ValueError(f"{checkpoint} is already at step {first_step} of --max_train_steps {ends[-1]}.")
+    if checkpoint:
+        check_stage(checkpoint, first_step, ends)
     best = Best()
     accelerator.register_for_checkpointing(best)
-    validation_loader = evaluation_loader(splits["validation"], model, args)
-    model, optimizer, lr_scheduler, loader, validation_loader = accelerator.prepare(
-        model, optimizer, lr_scheduler, loader, validation_loader
-    )
-    if checkpoint:
-        accelerator.load_state(str(checkpoint))
-        if best.step and not Path(args.output_dir, "best").is_dir():
-            raise ValueError(
-                f"{checkpoint} goes with the evaluator of step {best.step} in {Path(args.output_dir, 'best')}, which is missing."
-            )
     accelerator.init_trackers(
         "acpo-iqa-ipce", config={k: str(v) for k, v in vars(args).items() if v is not None and k != "hub_token"}
     )
-    logger.info("***** Running training *****")
-    logger.info(
-        f"  rows: {', '.join(f'{len(rows)} {split}' for split, rows in splits.items())}; "
-        f"{sum(p.numel() for p in clip + head)} trained parameters; steps {first_step}..{args.max_train_steps}"
-    )
-    progress = tqdm(
-        range(first_step, args.max_train_steps),
-        initial=first_step,
-        total=args.max_train_steps,
-        disable=not accelerator.is_local_main_process,
-    )
-    step, skipped_steps, skipped_in_a_row = first_step, 0, 0
-    model.train()
-    for batch in loader:
-        with accelerator.accumulate(model):
-            loss = training_step(model, batch)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(clip + head, args.max_grad_norm).item()
-                finite = math.isfinite(grad_norm)
-                # fp16's loss scaler skips the step itself, and must see it in order to lower its scale.
-                if not finite and accelerator.scaler is None:
-                    optimizer.zero_grad()
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        skipped_steps += not finite
-        if skipped_in_a_row == 10:
-            raise FloatingPointError(
-                f"the gradient was not finite in ten steps in a row, up to step {step}: lower --learning_rate, or use "
-                f"bf16 in place of fp16. Checkpoints in {args.output_dir} are as they were."
-            )
-        progress.update()
-        logs = {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
-        accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step)
-        progress.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
-        if step % args.validation_steps == 0 or step == args.max_train_steps:
-            scores = predict(model, validation_loader, accelerator, "validation")
-            metrics = measure(splits["validation"], scores, args)
-            accelerator.log(
-                {f"validation/{name}": value for name, value in metrics.items() if name != "pairs"}, step=step
-            )
-            pairs = metrics.get("pairs", {}).get("any", {"share": math.nan})["share"]
-            logger.info(
-                f"step {step}: validation SRCC {metrics['srcc']:.4f}, PLCC {metrics['plcc']:.4f}, pairs {pairs:.4f}"
-            )
-            value = (metrics["srcc"] + metrics["plcc"]) / 2
-            if value > best.value or not best.step:
-                best.step, best.value = step, value
-                if accelerator.is_main_process:
-                    save_evaluator(accelerator.unwrap_model(model), Path(args.output_dir, "best"), args)
-            model.train()
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
-    progress.close()
-    accelerator.wait_for_everyone()
-    finish(best, splits, accelerator, args)
+    reports = []
+    for number, (stage, start, end) in enumerate(zip(stages, [0, *ends], ends), start=1):
+        if first_step <= end:
+            train_stage(number, stage, start, end, checkpoint if first_step > start else None, best, accelerator, args)
+        elif not (report := best_folder(number, args) / "metrics.json").is_file():
+            raise ValueError(f"{checkpoint} comes after stage {number}: expected its report {report}, found none.")
+        reports.append(finish_stage(number, stage, best, accelerator, args))
+        accelerator.free_memory()
+    if accelerator.is_main_process:
+        finish(reports, args)
     accelerator.end_training()
 
 

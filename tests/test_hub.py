@@ -50,7 +50,9 @@ def test_a_second_run_replaces_the_card(tmp_path):
 
 def test_checkpoints_and_temporary_files_are_not_uploaded():
     kept = [LORA_NAME, "README.md", "comparison.png", "metrics.json", "logs/run/events.out.tfevents.1"]
+    kept += ["stage-1/metrics.json", "stage-1/scatter.png"]
     left = ["checkpoint-4/optimizer.bin", "checkpoint-6.tmp/model.safetensors", ".metrics.1.tmp.json"]
+    left += ["best/model.safetensors", "stage-1/model.safetensors"]  # the same weights once more
     assert list(filter_repo_objects(kept + left, ignore_patterns=IGNORE_PATTERNS)) == kept
 
 

@@ -39,7 +39,7 @@ def test_every_import_is_a_named_requirement(setup_cfg):
     extras = setup_cfg["options.extras_require"]
     base = names(setup_cfg["options"]["install_requires"])
     allowed = {
-        "acpo_utils": base | names(extras["judge"]),
+        "acpo_utils": base | names(extras["judge"]) | names(extras["pyiqa"]),
         "examples": base | names(extras["judge"]),
         "examples/demo": base | names(extras["judge"]) | names(extras["demo"]),
         "tests": base | names(extras["judge"]) | names(extras["test"]),

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 from scipy import stats
 
+import acpo_utils.agreement
 from acpo_utils.evaluators import check_evaluator, load_evaluator
 from tests.tiny_clip import build_clip_folder
 
@@ -194,6 +195,20 @@ def test_ten_steps_that_are_not_finite_end_the_run(clip, rated, tmp_path, refuse
     assert all(torch.equal(saved[f"clip.{name}"], weight.float()) for name, weight in start.items())
 
 
+def test_a_validation_without_ranks_does_not_stay_the_best(clip, rated, tmp_path, monkeypatch):
+    """Constant scores have no correlation; nothing compares as above nan."""
+    correlation, results = acpo_utils.agreement.correlation, []
+
+    def first_is_nan(*values):
+        results.append(correlation(*values) | ({"srcc": float("nan")} if len(results) < 2 else {}))
+        return results[-1]
+
+    monkeypatch.setattr(acpo_utils.agreement, "correlation", first_is_nan)  # called twice for each validation
+    monkeypatch.setattr(sys, "argv", list(map(str, [SCRIPT, *flags(clip, rated, tmp_path / "out", steps=2)])))
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["best_step"] == 2
+
+
 def test_refusals(clip, rated, tmp_path, refused):
     """Each bad input ends in one line that says what was expected, before any training."""
     out = ["--output_dir", tmp_path / "out", "--clip_model", clip]
@@ -202,6 +217,13 @@ def test_refusals(clip, rated, tmp_path, refused):
     assert "--mos_column quality" in refused(*out, "--train_data_dir", rated, "--mos_column", "quality")
     line = refused(*out, "--train_data_dir", rated, "--mos_range", 0, 1)
     assert "of train: expected a number from 0 to 1" in line
+    assert "expected one of --stages, --train" in refused(*out, "--train_data_dir", rated, "--stages", "agiqa-3k:x")
+    assert "unknown set 'agiqa3k'" in refused(*out, "--stages", "agiqa3k:x")
+    assert "agiqa-3k: expected a folder at x" in refused(*out, "--stages", "agiqa-3k:x", "--max_train_steps", 5)
+    line = refused(*out, "--stages", "agiqa-3k:x", "--learning_rate", 1e-4, 1e-5)
+    assert "--learning_rate: expected one value, or one for each of the 1 stages, found 0.0001 1e-05" in line
+    assert "leave them out" in refused(*out, "--stages", "agiqa-3k:x", "--mos_column", "score")
+    assert "--max_train_steps: expected at least 1" in refused(*out, "--stages", "agiqa-3k:x", "--max_train_steps", 0)
     line = refused("--output_dir", tmp_path / "out", "--clip_model", tmp_path, "--train_data_dir", rated)
     assert "Cannot load CLIP" in line
     assert not list(tmp_path.glob("out/checkpoint-*"))
