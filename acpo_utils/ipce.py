@@ -95,7 +95,7 @@ class IPCE(ModelMixin, ConfigMixin):
             self.register_to_config(structure_layers=layers)
             self.layer_logits = torch.nn.Parameter(torch.zeros(len(layers)))  # w_l = softmax(layer_logits)
             self.a = torch.nn.Parameter(torch.tensor(10.0))
-            self.b = torch.nn.Parameter(torch.tensor(1.0))
+            self.b = torch.nn.Parameter(torch.tensor(10.0))
             self.bias = torch.nn.Parameter(torch.tensor(0.0))
 
     @property
