@@ -118,8 +118,8 @@ def predict_with_lora(unet, prompt_embeds, latents, timesteps):
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
 # The embedded demo's settings, where they differ from the defaults below, which are the paper's or diffusers' own.
-# A base model as weak as the demo's is moved by its own samples, not by real images that it cannot draw yet; with
-# --late_start data and weights of 1 or 20 the guide's score did not change (examples/demo/README.md).
+# A base model as weak as the demo's is moved by its own samples, not by real images that it cannot draw yet: with
+# --late_start data the guide's score fell (examples/demo/README.md).
 DEMO = {
     "pretrained_model_name_or_path": str(DEMO_DIR / "pipeline"),
     "train_data_dir": str(DEMO_DIR / "data" / "train.parquet"),
@@ -132,7 +132,7 @@ DEMO = {
     "late_start": "rollout",
     "quality_weight": 50.0,
     "learning_rate": 2e-3,
-    "max_train_steps": 60,
+    "max_train_steps": 45,
     "num_eval_prompts": 100,
     "num_inference_steps": 15,
     "guidance_scale": 4.0,
@@ -355,6 +355,8 @@ def main(args):
             f"{in_force}. For the paper's run name a model, data and a guide: --pretrained_model_name_or_path "
             "CompVis/stable-diffusion-v1-4 --train_data_dir visual-genome --evaluator ipce:PATH"
         )
+        if accelerator.device.type == "cpu":
+            torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a single process one thread
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     try:
