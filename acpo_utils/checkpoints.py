@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -258,3 +258,20 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def load_strictly(from_pretrained: Callable, path: str, **kwargs):
+    """What `from_pretrained` of a diffusers model reads in `path`; safetensors only, and no tensor left out.
+
+    diffusers itself goes on to a pickle, and leaves a missing tensor uninitialised with no more than a line in the log.
+    Raises ValueError if a tensor is missing, of another shape, or does not belong.
+    """
+    kwargs = {"use_safetensors": True} | kwargs
+    model, info = from_pretrained(path, output_loading_info=True, **kwargs)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind) or [])):
+            raise ValueError(
+                f"The weights in {path} do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, "
+                f"e.g. {', '.join(keys[:3])}. Save the evaluator again or get an undamaged copy."
+            )
+    return model

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
+from acpo_utils.checkpoints import load_strictly
 from acpo_utils.clip import (
     build_clip,
     build_tokenizer,
@@ -250,14 +251,7 @@ class IPCE(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "IPCE":
         """Loads a saved IPCE to fp32, in eval mode. Raises ValueError if a tensor is missing or does not belong."""
         path = str(pretrained_model_name_or_path)
-        kwargs = {"use_safetensors": True} | kwargs  # diffusers would otherwise go on to a pickle
-        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if keys := sorted(map(str, info.get(kind) or [])):
-                raise ValueError(
-                    f"The weights in {path} do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, "
-                    f"e.g. {', '.join(keys[:3])}. Save the evaluator again or get an undamaged copy."
-                )
+        model = load_strictly(super().from_pretrained, path, **kwargs)
         if model.tokenizer is None:
             local = os.path.isdir(path)
             source, where = (Path(path, "tokenizer"), {}) if local else (path, {"subfolder": "tokenizer"})

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
+from acpo_utils.checkpoints import load_strictly
+
 
 PATCH_SIZE = 32  # pixels, as published; the least that an image may measure
 
@@ -114,11 +116,5 @@ class TwoStreamIQA(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "TwoStreamIQA":
         """Loads a saved TwoStreamIQA to fp32, in eval mode. Raises ValueError if a tensor is missing or too many."""
         path = str(pretrained_model_name_or_path)
-        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if keys := sorted(map(str, info.get(kind) or [])):
-                raise ValueError(
-                    f"The weights in {path} do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, "
-                    f"e.g. {', '.join(keys[:3])}. Save the evaluator again or get an undamaged copy."
-                )
+        model = load_strictly(super().from_pretrained, path, **kwargs)
         return model
