@@ -16,10 +16,13 @@ REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "examples" / "train_acpo_lora_sd.py"
 
 
-def launch(*flags, script=SCRIPT, cwd=None, code=0) -> str:
+def launch(*flags, script=SCRIPT, cwd=None, code=0, num_processes=1) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", str(script), *map(str, flags)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    # With --cpu the launcher starts one process whatever --num_processes says; with --multi_gpu it starts them all.
+    processes = ["--multi_gpu", "--main_process_port", "29625"] if num_processes > 1 else ["--cpu"]
+    command += ["--dynamo_backend", "no", *processes, "--num_processes", str(num_processes), str(script)]
+    command += map(str, flags)
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
     output = run.stdout + run.stderr
     assert (run.returncode == 0) == (code == 0), output[-4000:]
