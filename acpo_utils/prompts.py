@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,8 +34,10 @@ class Prompts(torch.utils.data.Dataset):
         return {"prompt": prompt, "input_ids": tokenize(self.tokenizer, [prompt])[0]}
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file (one per line), or of a .csv, .tsv, .jsonl or .parquet file (column `prompt` or `text`).
+def read_prompts(path: str | Path, columns: Sequence[str] = ("prompt", "text")) -> list[str]:
+    """Prompts of a text file (one per line), or of a .csv, .tsv, .jsonl or .parquet file.
+
+    `columns`: the names of their prompt column, lower case, the first that is there counts.
 
     Raises ValueError naming the file (and the row) if it is missing, empty, undecodable, or has no such column.
     """
@@ -48,7 +51,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if path.suffix == ".parquet":
         try:
             table = parquet.ParquetFile(path)
-            names = [name for name in table.schema_arrow.names if name.lower() in ("prompt", "text")]
+            names = [name for name in table.schema_arrow.names if name.lower() in columns]
             rows = table.read(columns=names).to_pylist()  # and not the images beside them
         except ArrowException as error:
             raise ValueError(f"Prompt file {path} is damaged: {error}") from error
@@ -62,16 +65,15 @@ def read_prompts(path: str | Path) -> list[str]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"Prompt file {path}, row {number}: expected a JSON object, {error.msg}.") from error
     else:
-        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
+        rows = [{columns[0]: line} for line in text.splitlines() if line.strip()]
 
     prompts = []
     for number, row in enumerate(rows, start=1):
-        columns = {str(name).lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
-        prompt = columns.get("prompt", columns.get("text"))
+        cells = {str(name).lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
+        prompt = next((cells[name] for name in columns if name in cells), None)
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(
-                f"Prompt file {path}, row {number}: expected text in column `prompt` or `text`, found {row}."
-            )
+            expected = " or ".join(f"`{name}`" for name in columns)
+            raise ValueError(f"Prompt file {path}, row {number}: expected text in column {expected}, found {row}.")
         prompts.append(prompt.strip())
     if not prompts:
         raise ValueError(f"Prompt file {path} is empty: expected at least one prompt.")

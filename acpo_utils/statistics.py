@@ -56,6 +56,38 @@ def paired_comparison(base: Sequence[float], finetuned: Sequence[float]) -> dict
     }
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of a family of tests (Holm 1979): adjusted p-values, in the given order.
+
+    Rejecting wherever the adjusted value is below alpha keeps the chance of any false rejection below alpha, whatever
+    the tests have to do with each other. The k-th smallest of m values, k from 0, is multiplied by m - k, capped at 1,
+    and raised to the largest before it. nan, a test that could not be made, stays nan and does not count in m.
+
+    Raises:
+        ValueError: for a value outside [0, 1].
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    tested = np.flatnonzero(~np.isnan(p))
+    if ((p[tested] < 0) | (p[tested] > 1)).any():
+        raise ValueError(f"expected p-values in [0, 1], found {p[tested].min():g} to {p[tested].max():g}")
+    order = tested[np.argsort(p[tested], kind="stable")]
+    adjusted = np.full(len(p), np.nan)
+    adjusted[order] = np.maximum.accumulate(np.minimum(p[order] * np.arange(len(order), 0, -1), 1))
+    return adjusted.tolist()
+
+
+def win_rate_interval(wins: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval (1927) of a win rate, in [0, 1]: `wins` of `n` prompts; ties are not wins.
+
+    Raises:
+        ValueError: unless 0 <= wins <= n and n >= 1.
+    """
+    if not 0 <= wins <= n or n < 1:
+        raise ValueError(f"expected wins from 0 to n, n at least 1, found {wins} of {n}")
+    interval = stats.binomtest(wins, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def correlation(prediction: Sequence[float], target: Sequence[float]) -> dict[str, float]:
     """Agreement of predicted scores with mean opinion scores, as image quality assessment reports it.
 

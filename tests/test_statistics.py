@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from acpo_utils.statistics import correlation, paired_comparison
+from acpo_utils.statistics import correlation, holm, paired_comparison, win_rate_interval
 
 
 def scores_with(base_mean, finetuned_mean, std, n=500):
@@ -116,3 +116,64 @@ def test_constant_prediction_has_no_correlation_and_no_warning():
 def test_bad_input(function, first, second, message):
     with pytest.raises(ValueError, match=message):
         function(first, second)
+
+
+# The paper's table 3, n from its t = difference / (std / sqrt(n)): 200 prompts, and 66 of PartiPrompts.
+@pytest.mark.parametrize(
+    "row, difference, std, t, win_rate, n",
+    [
+        ("DiffusionDB PickScore", 0.1736, 0.6876, 3.5713, 61.5, 200),
+        ("DiffusionDB CLIPScore", 0.0110, 0.0252, 6.1726, 68.5, 200),
+        ("DrawBench PickScore", 0.4763, 0.8514, 7.9104, 70.5, 200),
+        ("DrawBench CLIPScore", 0.0180, 0.0334, 7.6321, 68.0, 200),
+        ("DrawBench IPCE", 0.0364, 0.1991, 2.5837, 51.5, 200),
+        ("PartiPrompts PickScore", 0.9131, 0.9939, 7.4635, 83.3, 66),
+        ("PartiPrompts CLIPScore", 0.0344, 0.0376, 7.4262, 84.9, 66),
+        ("PartiPrompts IPCE", 0.0819, 0.2513, 2.6468, 63.6, 66),
+    ],
+)
+def test_reproduces_t_of_the_papers_table_3(row, difference, std, t, win_rate, n):
+    result = paired_comparison(*scores_with(0.0, difference, std, n))
+    rounding = math.sqrt(n) / std * 0.5e-4 + t * 0.5e-4 / std
+    assert result["t"] == pytest.approx(t, abs=rounding) and result["p"] < 0.012
+    wins = win_rate / 100 * n
+    assert wins == pytest.approx(round(wins), abs=0.04), "the win rate is a number of whole prompts"
+
+
+def test_one_row_of_the_papers_table_3_does_not_follow_from_its_own_numbers():
+    """DiffusionDB IPCE: difference 0.0075, std 0.1162, t printed as 1.7107; with the table's n = 200 it is 0.91."""
+    result = paired_comparison(*scores_with(2.6718, 2.6718 + 0.0075, 0.1162, 200))
+    assert result["t"] == pytest.approx(0.913, abs=0.01) and result["p"] > 0.3
+
+
+def test_holm_against_a_case_worked_out_by_hand():
+    # Sorted: 0.005 x 4 = 0.02, 0.01 x 3 = 0.03, 0.03 x 2 = 0.06, 0.04 x 1 = 0.04, raised to 0.06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2] and holm([]) == []
+    # A test that could not be made stays nan and is none of the family.
+    adjusted = holm([0.01, math.nan, 0.04])
+    assert adjusted[0] == pytest.approx(0.02) and math.isnan(adjusted[1]) and adjusted[2] == pytest.approx(0.04)
+    with pytest.raises(ValueError, match=r"expected p-values in \[0, 1\], found 0.1 to 1.5"):
+        holm([0.1, 1.5])
+
+
+def test_holm_is_monotone_and_between_the_raw_and_the_bonferroni_value():
+    p = np.random.default_rng(3).uniform(size=40) ** 3
+    adjusted = np.array(holm(p))
+    order = np.argsort(p)
+    assert (np.diff(adjusted[order]) >= 0).all()
+    assert (adjusted >= p).all() and (adjusted <= np.minimum(40 * p, 1) + 1e-12).all()
+    assert adjusted[order[0]] == pytest.approx(min(40 * p.min(), 1))
+
+
+def test_win_rate_interval_against_wilsons_formula():
+    wins, n, z = 61, 100, stats.norm.ppf(0.975)
+    centre = (wins + z**2 / 2) / (n + z**2)
+    half = z / (n + z**2) * math.sqrt(wins * (n - wins) / n + z**2 / 4)
+    assert win_rate_interval(wins, n) == pytest.approx((centre - half, centre + half))
+    assert win_rate_interval(0, 10)[0] == 0 and win_rate_interval(10, 10)[1] == pytest.approx(1)
+    narrow = win_rate_interval(61, 100, confidence=0.5)
+    assert narrow[0] > win_rate_interval(61, 100)[0] and narrow[1] < win_rate_interval(61, 100)[1]
+    with pytest.raises(ValueError, match="found 5 of 4"):
+        win_rate_interval(5, 4)
