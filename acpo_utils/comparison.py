@@ -38,14 +38,37 @@ def sample_images(
     return torch.cat(images)
 
 
+def sample_unconditional(
+    pipeline,
+    num_images: int,
+    seed: int,
+    batch_size: int = 16,
+    num_inference_steps: int = 1000,
+    description: str = "sampling",
+) -> torch.Tensor:
+    """The same of a DDPMPipeline or DDIMPipeline: image i has the noise of (seed, i), at every step that draws some."""
+    images = []
+    pipeline.set_progress_bar_config(disable=True)
+    with tqdm(total=num_images, desc=description) as progress:
+        for start in range(0, num_images, batch_size):
+            generators = [step_generator(seed, i) for i in range(start, min(start + batch_size, num_images))]
+            settings = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
+            output = pipeline(batch_size=len(generators), generator=generators, **settings)
+            images.append(output.images.float().cpu())
+            progress.update(len(generators))
+    return torch.cat(images)
+
+
 @torch.no_grad()
-def score_images(evaluator, images: torch.Tensor, prompts: list[str], device, batch_size: int = 32) -> torch.Tensor:
+def score_images(
+    evaluator, images: torch.Tensor, prompts: list[str] | None, device, batch_size: int = 32
+) -> torch.Tensor:
     """(N,) scores on the CPU, multiplied into the evaluator's `score_range` if it has one."""
     low, high = getattr(evaluator, "score_range", (0.0, 1.0))
     scores = []
     for start in range(0, len(images), batch_size):
         chunk = slice(start, start + batch_size)
-        scores.append(evaluator.score(images[chunk].to(device), prompts[chunk]).float().cpu())
+        scores.append(evaluator.score(images[chunk].to(device), prompts and prompts[chunk]).float().cpu())
     return low + (high - low) * torch.cat(scores)
 
 

@@ -22,7 +22,7 @@ def load_captioned_images(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     train_data_dir: str | None = None,
-    image_column: str = "image",
+    image_column: str | None = "image",
     caption_column: str | None = "text",
     max_train_samples: int | None = None,
     cache_dir: str | None = None,
@@ -33,8 +33,9 @@ def load_captioned_images(
 
     A folder holds images with a `metadata.jsonl` (`file_name` and the caption column), or parquet files named after
     their split (`train.parquet`, `train-*.parquet`, `data/train-*.parquet`). `max_train_samples` takes a random
-    subset chosen by `seed`. `caption_column` None: images alone will do. The image column comes undecoded, as rows of
-    {"bytes", "path"}, so that a file that cannot be read can be named (`check_images`).
+    subset chosen by `seed`. `image_column` None: "image", or "img" if there is only that (CIFAR-10). `caption_column`
+    None: images alone will do. The image column comes undecoded, as rows of {"bytes", "path"}, so that a file that
+    cannot be read can be named (`check_images`).
 
     Raises ValueError, in one line, for an unknown path or column, an empty data set, a column that holds no images
     or no captions, and if not exactly one source is given.
@@ -53,6 +54,8 @@ def load_captioned_images(
         expected = "" if dataset_name else " Expected images with a metadata.jsonl, or parquet files."
         raise ValueError(f"Data set {source} ({split}) cannot be loaded: {_reason(error)}{expected}") from error
 
+    if image_column is None:
+        image_column = "img" if "img" in dataset.column_names and "image" not in dataset.column_names else "image"
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column is not None and column not in dataset.column_names:
             found = ", ".join(dataset.column_names)
@@ -120,10 +123,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read_image(cell: dict) -> Image.Image:
+def read_image(cell: dict) -> Image.Image:
     """Decodes one undecoded cell of an image column; raises what PIL raises."""
     with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
         return to_rgb(image)
+
+
+def fit_image(
+    image: Image.Image, resolution: int, center_crop: bool, random_flip: bool, rng: np.random.Generator
+) -> torch.Tensor:
+    """An RGB image as (3, R, R) float32 in [-1, 1]: its shorter side scaled to R, cropped, perhaps mirrored."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    if not center_crop:
+        left, top = int(rng.integers(width - resolution + 1)), int(rng.integers(height - resolution + 1))
+    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))  # (R, R, 3) uint8
+    if random_flip and rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
 
 
 def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: bool = False) -> datasets.Dataset:
@@ -134,7 +154,7 @@ def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: 
     def problem(row: int) -> str | None:
         cell = images[row][image_column]
         try:
-            _read_image(cell)
+            read_image(cell)
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             reason = " ".join(str(error).split())
             return f"{cell.get('path') or f'row {row}'} ({reason})"
@@ -213,20 +233,8 @@ class CaptionedImages(torch.utils.data.Dataset):
             raise IndexError(f"item {n} of {self.num_samples}")
         row = self.dataset[self._row(n)]
         rng = np.random.default_rng((self.seed, 1, n))
-        size = self.resolution
-        image = _read_image(row[self.image_column])
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - size) // 2, (height - size) // 2
-        if not self.center_crop:
-            left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-        pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # (R, R, 3) uint8
-        if self.random_flip and rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
-        pixel_values = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)  # (3, R, R)
-
+        image = read_image(row[self.image_column])
+        pixel_values = fit_image(image, self.resolution, self.center_crop, self.random_flip, rng)  # (3, R, R)
         caption = row[self.caption_column]
         if not isinstance(caption, str):
             caption = caption[int(rng.integers(len(caption)))]

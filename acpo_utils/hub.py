@@ -38,11 +38,12 @@ def save_model_card(
     dataset: str | None = None,
     image_files: Sequence[str] = (),
     metrics: str | None = None,
+    usage: str | None = None,
 ) -> Path:
     """Writes `output_dir/README.md`: what it is, how to load it, the results, and the settings of the run.
 
     `base_model` is None for what was trained from scratch. `image_files` are names of pictures in `output_dir`,
-    `metrics` is a Markdown table. Hub ids of the base model and the data set go into the card's metadata; local paths
+    `metrics` is a Markdown table, `usage` a Python snippet (of a LoRA that diffusers loads it is known). Hub ids of the base model and the data set go into the card's metadata; local paths
     stay in its text, since the hub would refuse them there.
     The text is given whole: the template of diffusers' `load_or_create_model_card` leaves "TODO" sections in it, and
     a card that the repository already has on the hub would be kept in place of this run's.
@@ -63,6 +64,8 @@ def save_model_card(
         sections[0] += f"  \nTraining data: {dataset}"
     if (output_dir / LORA_NAME).is_file():
         sections.append(LORA_USAGE.format(base_model=base_model, folder=output_dir.resolve().name).strip())
+    if usage:
+        sections.append(f"## How to use\n\n```python\n{usage.strip()}\n```")
     if metrics or image_files:
         pictures = "\n".join(f"![{Path(name).stem}]({name})" for name in image_files)
         sections.append("\n\n".join(part for part in ("## Results", metrics, pictures) if part))

@@ -113,6 +113,41 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def rollout_late_samples(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    noise_scheduler,
+    shape: tuple[int, ...],
+    tmax: int,
+    num_inference_steps: int = 50,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On-policy start of the late window: DDIM from noise with the current model until t < tmax, without gradient.
+
+    Args:
+        predict: (z_t (B, ...), timestep ()) -> prediction (B, ...). shape: of the samples, (B, C, h, w).
+    Returns:
+        (B, C, h, w) samples and (B,) their timestep, the first of the sampling schedule that lies below tmax.
+    Raises:
+        ValueError: if the sampling schedule has no timestep below tmax.
+    """
+    scheduler = DDIMScheduler.from_config(noise_scheduler.config)
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    if scheduler.timesteps[-1] >= tmax:
+        raise ValueError(
+            f"{num_inference_steps} sampling steps end at t = {int(scheduler.timesteps[-1])}, none below tmax {tmax}: "
+            "take more sampling steps or a larger tmax"
+        )
+    samples = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
+    samples = samples * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        if timestep < tmax:
+            return samples, timestep.repeat(len(samples))
+        model_pred = predict(samples, timestep)
+        samples = scheduler.step(model_pred, timestep, samples, return_dict=False)[0].to(dtype)
+
+
 def rollout_late_latents(
     unet,
     noise_scheduler,
@@ -124,27 +159,41 @@ def rollout_late_latents(
     guidance_scale: float = 7.5,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """On-policy start of the late window: sample from noise with the current LoRA until t < tmax, without gradient.
+    """`rollout_late_samples` of a text-to-image U-Net, with classifier-free guidance: (B, 4, h, w) and (B,)."""
+    both_embeds = torch.cat([negative_prompt_embeds.expand_as(prompt_embeds), prompt_embeds])
 
-    DDIM with classifier-free guidance. Returns (B, 4, h, w) latents and (B,) their timestep, the first of the sampling
-    schedule that lies below tmax.
+    def predict(latents, timestep):
+        negative, positive = unet(latents.repeat(2, 1, 1, 1), timestep, both_embeds, return_dict=False)[0].chunk(2)
+        return negative + guidance_scale * (positive - negative)
+
+    like = (prompt_embeds.device, prompt_embeds.dtype)
+    return rollout_late_samples(predict, noise_scheduler, latents_shape, tmax, num_inference_steps, generator, *like)
+
+
+def late_window(
+    noise_scheduler, num_inference_steps: int, tmax: int | None = None, last_steps: int | None = None
+) -> tuple[int, int]:
+    """The late window both ways: its upper end tmax, and how many of the last sampling steps have t < tmax.
+
+    One is given, the other follows from the sampling schedule; neither is the full trajectory. The tmax of N last
+    steps is the timestep of the step before them: with 1,000 sampling steps of 1,000 the last 10 have t < 10, with 50
+    sampling steps they have t < 200.
 
     Raises:
-        ValueError: if the sampling schedule has no timestep below tmax.
+        ValueError: for a number outside of the schedule.
     """
-    scheduler = DDIMScheduler.from_config(noise_scheduler.config)
-    scheduler.set_timesteps(num_inference_steps, device=prompt_embeds.device)
-    if scheduler.timesteps[-1] >= tmax:
-        raise ValueError(
-            f"{num_inference_steps} sampling steps end at t = {int(scheduler.timesteps[-1])}, none below tmax {tmax}: "
-            "take more sampling steps or a larger tmax"
-        )
-    latents = randn_tensor(latents_shape, generator=generator, device=prompt_embeds.device, dtype=prompt_embeds.dtype)
-    latents = latents * scheduler.init_noise_sigma
-    both_embeds = torch.cat([negative_prompt_embeds.expand_as(prompt_embeds), prompt_embeds])
-    for timestep in scheduler.timesteps:
-        if timestep < tmax:
-            return latents, timestep.repeat(len(latents))
-        negative, positive = unet(latents.repeat(2, 1, 1, 1), timestep, both_embeds, return_dict=False)[0].chunk(2)
-        noise_pred = negative + guidance_scale * (positive - negative)
-        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0].to(latents.dtype)
+    total = noise_scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= total:
+        found = f"1..{total}, the model's number of training timesteps, got {num_inference_steps}"
+        raise ValueError(f"--ddpm_num_inference_steps must be in {found}")
+    scheduler = type(noise_scheduler).from_config(noise_scheduler.config)  # another one: the caller's is left alone
+    scheduler.set_timesteps(num_inference_steps)
+    if last_steps is not None:
+        if not 1 <= last_steps <= num_inference_steps:
+            found = f"1..{num_inference_steps}, the number of sampling steps, got {last_steps}"
+            raise ValueError(f"--last_steps must be in {found}")
+        tmax = total if last_steps == num_inference_steps else int(scheduler.timesteps[-last_steps - 1])
+    tmax = total if tmax is None else tmax
+    if not 1 <= tmax <= total:
+        raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {tmax}")
+    return tmax, int((scheduler.timesteps < tmax).sum())

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
-from acpo_utils.anchor import base_prediction
+from acpo_utils.anchor import base_prediction, without_adapter
 from acpo_utils.losses import anchor_loss
 from tests.conftest import tiny_unet
+from tests.tiny_ddpm import tiny_unet2d
 
 
 @pytest.fixture
@@ -57,3 +58,23 @@ def test_adapter_is_on_again_after_an_error(inputs):
     with pytest.raises(RuntimeError):
         base_prediction(unet, inputs[0][:, :3], *inputs[1:])
     assert all(parameter.requires_grad for name, parameter in unet.named_parameters() if "lora_" in name)
+
+
+def test_a_lora_in_pefts_wrapper_and_a_frozen_copy():
+    """A UNet2DModel has no add_adapter: peft wraps it. Without any adapter a model is its own base."""
+    samples, timesteps = torch.randn(2, 3, 32, 32), torch.tensor([3, 90])
+    expected = tiny_unet2d()(samples, timesteps).sample
+    unet = get_peft_model(tiny_unet2d(), LoraConfig(r=2, target_modules=["to_q", "conv1"]))
+    assert anchor_loss(unet(samples, timesteps).sample, base_prediction(unet, samples, timesteps)).item() == 0.0
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    student = unet(samples, timesteps).sample
+    base = base_prediction(unet, samples, timesteps)
+    assert torch.equal(base, expected) and not base.requires_grad
+    assert torch.equal(unet(samples, timesteps).sample, student) and not torch.allclose(student, base, atol=1e-3)
+    assert all(parameter.requires_grad for name, parameter in unet.named_parameters() if "lora_" in name)
+    with pytest.raises(RuntimeError), without_adapter(unet):
+        raise RuntimeError
+    assert torch.equal(unet(samples, timesteps).sample, student), "on again after an error"
+    assert torch.equal(base_prediction(tiny_unet2d(), samples, timesteps), expected)

@@ -48,7 +48,7 @@ def test_the_vae_starts_with_signals_of_one_size_and_almost_no_noise():
     images = torch.randn(2, 3, 64, 64).clamp(-1, 1)
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
-        assert posterior.mean.shape == (2, 16, 8, 8)
+        assert posterior.mean.shape == (2, 4, 16, 16)
         assert 0.2 < posterior.mean.std() < 5
         torch.testing.assert_close(posterior.logvar, torch.full_like(posterior.mean, -6.0))
         assert 0.2 < vae.decode(posterior.mean).sample.std() < 5

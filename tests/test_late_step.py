@@ -1,13 +1,15 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
 
 from acpo_utils.late_step import (
     decode_latents,
     denoise_late_steps,
+    late_window,
     predict_original_sample,
     rollout_late_latents,
+    rollout_late_samples,
     sample_late_timesteps,
 )
 from tests.conftest import tiny_scheduler, tiny_unet, tiny_vae
@@ -129,3 +131,56 @@ def test_rollout_ends_inside_the_window():
     assert timesteps.tolist() == [201, 201]  # leading spacing with offset 1: 901, ..., 301, 201
     with pytest.raises(ValueError, match="none below tmax 1"):
         rollout_late_latents(unet, scheduler, embeds, negative, (2, 4, 8, 8), 1, num_inference_steps=10)
+
+
+def test_rollout_without_guidance_is_the_ddim_pipelines_own_sampling():
+    """Down to the last step: the pipeline then has only the step to x0 left."""
+    from diffusers import DDIMPipeline
+
+    from tests.tiny_ddpm import tiny_unet2d
+
+    unet, scheduler = tiny_unet2d(), DDPMScheduler()
+    seen = []
+    hook = unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    pipeline = DDIMPipeline(unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=5)
+    hook.remove()
+    samples, timesteps = rollout_late_samples(
+        lambda z, t: unet(z, t).sample, scheduler, (2, 3, 32, 32), 200, 5, torch.Generator().manual_seed(0)
+    )
+    assert timesteps.tolist() == [0, 0] and not samples.requires_grad
+    assert torch.allclose(samples, seen[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1000, 50, 7, 1])
+def test_the_late_window_of_the_last_steps_is_the_schedulers_own(scheduler_class, spacing, steps):
+    """For every N: exactly N sampling steps are below tmax, and asking back by tmax gives N."""
+    noise_scheduler = scheduler_class(timestep_spacing=spacing)
+    sampler = scheduler_class(timestep_spacing=spacing)
+    sampler.set_timesteps(steps)
+    for last_steps in {1, min(2, steps), min(10, steps), steps}:
+        tmax, found = late_window(noise_scheduler, steps, last_steps=last_steps)
+        below = sampler.timesteps[sampler.timesteps < tmax]
+        assert found == last_steps == len(below) and torch.equal(below, sampler.timesteps[-last_steps:])
+        assert late_window(noise_scheduler, steps, tmax=tmax) == (tmax, last_steps)
+    assert noise_scheduler.num_inference_steps is None, "the caller's scheduler is left alone"
+
+
+def test_the_late_window_by_numbers():
+    scheduler = DDPMScheduler()
+    assert late_window(scheduler, 1000, last_steps=10) == (10, 10), "the paper's last 10 of 1,000 steps"
+    assert late_window(scheduler, 1000, last_steps=1) == (1, 1)
+    assert late_window(scheduler, 50, last_steps=10) == (200, 10)
+    assert late_window(scheduler, 50, tmax=100) == (100, 5)
+    assert late_window(scheduler, 50) == (1000, 50) == late_window(scheduler, 50, last_steps=50)
+    for arguments, message in (
+        ({"last_steps": 51}, "--last_steps must be in 1..50"),
+        ({"last_steps": 0}, "--last_steps must be in 1..50"),
+        ({"tmax": 1001}, "--tmax must be in 1..1000"),
+        ({"num_inference_steps": 1001}, "--ddpm_num_inference_steps must be in 1..1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            late_window(scheduler, **({"num_inference_steps": 50} | arguments))
