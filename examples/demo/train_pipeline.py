@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def training_step(latents, prompt_embeds, unet, noise_scheduler, generator) -> torch.Tensor:
-    noise = torch.randn(latents.shape, generator=generator).to(latents)  # (B, 16, 8, 8)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)  # (B, 4, 16, 16)
     timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator)
     timesteps = timesteps.to(latents.device)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
@@ -46,10 +46,10 @@ SHEET_PROMPTS = 40
 
 def new_unet(cross_attention_dim: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=16,
-        out_channels=16,
-        block_out_channels=(128, 224),
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 224),
         layers_per_block=1,
         cross_attention_dim=cross_attention_dim,
         attention_head_dim=8,
@@ -57,8 +57,8 @@ def new_unet(cross_attention_dim: int) -> UNet2DConditionModel:
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",
         addition_embed_type_num_heads=8,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )
 
 
@@ -102,7 +102,7 @@ def text_tower(clip: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: list) -> torch.Tensor:
-    """(N, 16, 8, 8) scaled latents: the posterior's means, computed once."""
+    """(N, 4, 16, 16) scaled latents: the posterior's means, computed once."""
     latents = []
     for i in tqdm(range(0, len(images), 64), desc="encoding images", mininterval=10):
         pixel_values = torch.stack([pil_to_tensor(image) for image in images[i : i + 64]]).float().div(127.5).sub(1)

@@ -1,4 +1,4 @@
-"""Train the demo's AutoencoderKL from scratch on the demo's train split (64 px -> 8 x 8 x 16 latents).
+"""Train the demo's AutoencoderKL from scratch on the demo's train split (64 px -> 16 x 16 x 4 latents).
 
     python examples/demo/train_vae.py --output_dir vae-demo
     python examples/demo/train_vae.py --decoder_only vae-demo --output_dir vae-demo-sharp
@@ -39,12 +39,12 @@ def new_vae() -> AutoencoderKL:
     them little is left of the image. Here the blocks start as identities, and latents start nearly free of noise.
     """
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 96),
         layers_per_block=1,
         norm_num_groups=8,
-        latent_channels=16,
+        latent_channels=4,
         sample_size=64,
         mid_block_add_attention=False,
     )
@@ -69,7 +69,7 @@ def reconstruction_loss(reconstruction: torch.Tensor, pixel_values: torch.Tensor
 
 
 def training_step(vae: AutoencoderKL, pixel_values: torch.Tensor, kl_weight: float) -> torch.Tensor:
-    posterior = vae.encode(pixel_values).latent_dist  # (B, 16, 8, 8)
+    posterior = vae.encode(pixel_values).latent_dist  # (B, 4, 16, 16)
     loss = reconstruction_loss(vae.decode(posterior.sample()).sample, pixel_values)  # (B, 3, 64, 64)
     return loss + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
 
@@ -82,7 +82,7 @@ def decoder_step(vae: AutoencoderKL, latents: torch.Tensor, pixel_values: torch.
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """(N, 3, 64, 64) uint8 -> (N, 16, 8, 8): the posterior's mean, which the pipeline learns, unscaled."""
+    """(N, 3, 64, 64) uint8 -> (N, 4, 16, 16): the posterior's mean, which the pipeline learns, unscaled."""
     parts = images.split(64)
     return torch.cat([vae.encode(to_float(part)).latent_dist.mean for part in tqdm(parts, "encoding", mininterval=10)])
 
@@ -148,7 +148,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("vae-demo"))
     parser.add_argument("--decoder_only", type=Path, help="a VAE folder: keep its encoder, train its decoder further")
-    parser.add_argument("--max_train_steps", type=int, default=4400)
+    parser.add_argument("--max_train_steps", type=int, default=2000)
     parser.add_argument("--train_batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--kl_weight", type=float, default=1e-6)
