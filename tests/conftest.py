@@ -131,3 +131,9 @@ def captioned_images(tmp_path_factory) -> str:
         folder / "train.parquet"
     )
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def uncounted_guide(monkeypatch):
+    """tests.guides counts its calls: every test counts from 0."""
+    monkeypatch.setattr("tests.guides.calls", 0)
