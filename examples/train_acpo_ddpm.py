@@ -236,8 +236,9 @@ def parse_args():
     args = parser.parse_args()
     data_given = args.dataset_name is not None or args.train_data_dir is not None
     mode = "fine-tune" if args.pretrained_model_name_or_path else "scratch" if data_given else "demo"
-    if mode == "demo" and not DEMO_DIR.is_dir():
-        parser.error(f"no data and no model, and the demo is not at {DEMO_DIR}: name them, or clone the repository")
+    demo_model = DEMO["pretrained_model_name_or_path"]
+    if mode == "demo" and not Path(demo_model).is_dir():
+        parser.error(f"no data and no model are named, and the demo's is not at {demo_model}: docs/unconditional.md")
     if mode != "fine-tune":  # what is given would be appended to the demo's own lists
         parser.set_defaults(**(DEMO | {"evaluator": None, "judge": None} if mode == "demo" else SCRATCH))
         args = parser.parse_args()

@@ -10,6 +10,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = sorted((REPOSITORY / "examples").glob("*.py"))
 TRAINING_SCRIPTS = [path for path in SCRIPTS if path.name.startswith("train_")]
+ACPO_SCRIPTS = [path for path in TRAINING_SCRIPTS if path.name.startswith("train_acpo_")]
 UTILS = sorted((REPOSITORY / "acpo_utils").glob("*.py"))
 
 
@@ -36,17 +37,19 @@ def test_utils_are_short_parse_nothing_and_do_not_look_up(path):
     assert "argparse" not in source and "from examples" not in source
 
 
+@pytest.mark.parametrize("path", ACPO_SCRIPTS, ids=lambda path: path.name)
 @pytest.mark.parametrize("equation", [5, 6, 7, 8, 9])
-def test_each_equation_is_named_at_its_line(equation):
+def test_each_equation_is_named_at_its_line(equation, path):
     pattern = re.compile(rf"eqs?\. (\d, )*{equation}\b")
-    script = (REPOSITORY / "examples" / "train_acpo_lora_sd.py").read_text()
+    script = path.read_text()
     step = script[script.index("def training_step") : script.index("\n\n\n", script.index("def training_step"))]
     assert pattern.search(step), "not in the script's training step"
     assert any(pattern.search(path.read_text()) for path in UTILS), "not in acpo_utils"
 
 
-def test_the_step_reads_as_equations_5_to_9_in_order():
-    script = (REPOSITORY / "examples" / "train_acpo_lora_sd.py").read_text()
+@pytest.mark.parametrize("path", ACPO_SCRIPTS, ids=lambda path: path.name)
+def test_the_step_reads_as_equations_5_to_9_in_order(path):
+    script = path.read_text()
     step = script[script.index('"""L = L_diff') + 80 : script.index("\n\n\n", script.index("def training_step"))]
     named = [int(number) for number in re.findall(r"\(eq\. (\d)\)", step)]
     assert named == sorted(named) and set(named) >= {5, 6, 7, 8, 9}
