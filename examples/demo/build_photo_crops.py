@@ -4,8 +4,9 @@
 
 Each photograph is reduced to a shorter side of 96, 160 and 256 pixels, and crops are drawn at random from each: whole
 animals and buildings from the small ones, fur and masonry from the large. Sky and blurred backgrounds, in which there is
-nothing to judge, are avoided. `train` and `validation` come from different photographs. The crops are kept without loss, because a quality evaluator shall not see what a compression did: 35 MB, so
-they are not in the repository, but rebuilt, bit for bit, by this command in two minutes.
+nothing to judge, are avoided. `train` and `validation` come from different photographs. The crops are kept without loss,
+because a quality evaluator shall not see what a compression did: 35 MB, so they are not in the repository, but rebuilt,
+bit for bit, by this command in two minutes.
 """
 
 import argparse

@@ -9,7 +9,7 @@ text enters not by cross-attention alone, but pooled also into the time embeddin
 (`addition_embed_type="text"`).
 
 What is saved is the exponential moving average, as a StableDiffusionPipeline folder in fp16, with a sheet of samples
-beside it. fp32 is the default: a CPU without bf16 units is ten times slower in bf16.
+beside it. `--mixed_precision bf16` is 1.5 times as fast on a CPU with AVX-512 BF16, and ten times slower without it.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
@@ -169,6 +170,8 @@ def main(args: argparse.Namespace) -> None:
     for model in (text_encoder, vae):
         model.eval().requires_grad_(False).to(accelerator.device)
     unet.train().to(memory_format=torch.channels_last)
+    if accelerator.device.type == "cpu" and args.mixed_precision == "bf16":
+        unet.set_attn_processor(AttnProcessor())  # the fused attention's backward in bf16 takes a third of a step there
     latents = encode_images(vae.to(memory_format=torch.channels_last), dataset["train"]["image"][:])
     different = sorted({*captions, ""})  # "" is the unconditional prompt
     prompt_embeds = encode_captions(text_encoder, tokenizer, different)
