@@ -6,15 +6,16 @@ from pathlib import Path
 from acpo_utils.checkpoints import atomic_write
 
 
-def plot_rows(path: str | Path, lines: Sequence[dict]) -> None:
+def plot_rows(path: str | Path, lines: Sequence[dict]):
     """Writes a picture with one panel for each metric: its mean in every row, with the interval over seeds.
 
-    `lines` are of `acpo_utils.ablation_table.summarise_rows`; nothing is written if no run has finished.
+    `lines` are of `acpo_utils.ablation_table.summarise_rows`. Returns the matplotlib Figure; nothing is written, and
+    None returned, if no run has finished.
     """
     rows = list(dict.fromkeys(line["row"] for line in lines))
     metrics = _metrics(lines)
     if not metrics:
-        return
+        return None
     figure, axes = _panels(len(metrics), 3.6, 0.9 + 0.32 * len(rows), sharey=True)
     for axis, metric in zip(axes, metrics):
         for line in lines:
@@ -25,23 +26,23 @@ def plot_rows(path: str | Path, lines: Sequence[dict]) -> None:
         _label(axis, metric, lines, "x")
         axis.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
         axis.set_yticks(range(len(rows)), [_shorten(row) for row in rows])
-    _save(figure, path)
+    return _save(figure, path)
 
 
-def plot_sweep(path: str | Path, flag: str, sweep: dict[str, list[tuple[str, str]]], lines: Sequence[dict]) -> None:
+def plot_sweep(path: str | Path, flag: str, sweep: dict[str, list[tuple[str, str]]], lines: Sequence[dict]):
     """Writes a picture of each metric against the values of `flag`, one line of the plot for each of `sweep`.
 
     Args:
         sweep: {line: [(value, row's name), ...]}, of `acpo_utils.ablation_grid.sweeps`.
         lines: of `acpo_utils.ablation_table.summarise_rows`.
     The axis is logarithmic where the values span a decade (linear around a 0 among them), and takes the values in
-    their given order if they are no numbers.
+    their given order if they are no numbers. Returns as `plot_rows` does.
     """
     from matplotlib.transforms import ScaledTranslation
 
     metrics = _metrics(lines)
     if not metrics:
-        return
+        return None
     values = list(dict.fromkeys(value for points in sweep.values() for value, _ in points))
     numbers = _as_numbers(values)
     position = dict(zip(values, numbers or range(len(values))))
@@ -58,18 +59,21 @@ def plot_sweep(path: str | Path, flag: str, sweep: dict[str, list[tuple[str, str
             aside = ScaledTranslation((k - (len(sweep) - 1) / 2) * 5 / 72, 0, figure.dpi_scale_trans)
             style = {"fmt": "o-" if numbers else "o", "color": f"C{k % 10}", "capsize": 3, "markersize": 5}
             axis.errorbar(x, means, yerr=[below, above], label=name, transform=axis.transData + aside, **style)
+            # What is drawn aside is not counted when the limits are chosen.
+            axis.update_datalim([(at, mean + end) for at, (mean, low, high) in points for end in (-low, high)])
         _label(axis, metric, lines, "y")
         _scale(axis, numbers)
         axis.set_xticks([position[value] for value in values], [_shorten(value, 24) for value in values])
         axis.minorticks_off()
         axis.set_xlabel(flag)
         axis.margins(0.12)
+        axis.autoscale_view()
     if len(sweep) > 1:
         handles, labels = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[1]))
         if handles:
             columns = min(len(labels), 3)
             figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    _save(figure, path)
+    return _save(figure, path)
 
 
 def _metrics(lines: Sequence[dict]) -> list[str]:
@@ -104,7 +108,7 @@ def _scale(axis, numbers: Sequence[float] | None) -> None:
 def _panels(number: int, width: float, height: float, **options):
     from matplotlib.figure import Figure
 
-    columns = min(number, 3)
+    columns = 2 if number == 4 else min(number, 3)
     rows = -(-number // columns)
     figure = Figure(figsize=(width * columns + 0.8, height * rows + 0.5), layout="constrained", dpi=110)
     axes = figure.subplots(rows, columns, squeeze=False, **options).flat
@@ -129,6 +133,7 @@ def _shorten(text: str, length: int = 44) -> str:
     return text.replace("$", r"\$")
 
 
-def _save(figure, path: str | Path) -> None:
+def _save(figure, path: str | Path):
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
+    return figure

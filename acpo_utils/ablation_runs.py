@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from acpo_utils.ablation_grid import read_flags
+from acpo_utils.ablation_table import read_metrics
 from acpo_utils.checkpoints import atomic_write
 
 
@@ -62,7 +64,8 @@ def failure(run: Run) -> str | None:
 def _status(run: Run) -> tuple[str, dict]:
     file = run.folder / "run.json"
     if not file.is_file():
-        if others := sorted(path.name for path in run.folder.glob("*") if path.name != "run.log"):
+        names = [path.name for path in run.folder.glob("*") if not path.name.startswith(".")]  # a file being written
+        if others := sorted(set(names) - {"run.log"}):
             raise ValueError(
                 f"{run.folder} holds {others[0]} and no run.json: it is no run of an ablation. Choose another --output_dir."
             )
@@ -115,16 +118,23 @@ def execute(run: Run) -> str:
         (run.folder / "metrics.json").unlink(missing_ok=True)
         log.seek(0, os.SEEK_END)
         offset = log.tell()
-        log.write(f"$ {' '.join(words)}\n")
+        log.write(f"$ {shlex.join(words)}\n")
         log.flush()
         code = _launch(words, log)
         log.seek(offset)
-        error = None if code == 0 else failure_reason(log.read(), code)
-    if code == 0 and not (run.folder / "metrics.json").is_file():
-        error = "it ended well and left no metrics.json"
-    result = {"error": error} if error else {}
-    _write_record(run, finished=error is None, seconds=round(time.monotonic() - start, 1), **result)
+        error = _metrics_error(run) if code == 0 else failure_reason(log.read(), code)
+        result = {"error": error} if error else {}
+        _write_record(run, finished=error is None, seconds=round(time.monotonic() - start, 1), **result)
     return "failed" if error else "finished"
+
+
+def _metrics_error(run: Run) -> str | None:
+    try:
+        read_metrics(run.folder / "metrics.json")
+    except OSError:
+        return "it ended well and left no metrics.json"
+    except ValueError as error:
+        return str(error)
 
 
 def _write_record(run: Run, **record) -> None:

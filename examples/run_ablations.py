@@ -9,16 +9,12 @@ What stands after -- goes to every run. With no model there, the scripts run the
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
-import contextlib
-import io
-import logging
 import re
 import shlex
 import signal
 import sys
 from pathlib import Path
 
-from accelerate.commands.launch import launch_command_parser
 from tqdm.auto import tqdm
 
 from acpo_utils.ablation_check import check_flags
@@ -145,31 +141,25 @@ def check(rows, runs, args):
     sources = [("after --", args.passed_on)] + [(f"row {row.name!r}", row.flags) for row in rows]
     for where, flags in sources:
         for name in read_flags(flags):
-            # argparse takes a flag by its beginning too
+            # argparse takes a flag by its beginning, too
             if name and (taken := [flag for flag in TAKEN if flag.startswith(name)]):
                 raise ValueError(f"--{taken[0]} ({where}) cannot be given: {TAKEN[taken[0]]}")
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            launch_command_parser().parse_args([*runs[0].accelerate_flags, args.script])
-    except SystemExit as error:
-        message = " ".join(messages.getvalue().rpartition("error: ")[2].split())
-        raise ValueError(f"--accelerate_flags {args.accelerate_flags}: {message}") from error
-
     first = runs[: len(rows)]  # the seeds differ in nothing that could be wrong
-    answers = check_flags(args.script, [[*run.flags, "--output_dir", str(run.folder)] for run in first])
+    flag_lists = [[*run.flags, "--output_dir", str(run.folder)] for run in first]
+    answers = check_flags(args.script, first[0].accelerate_flags, flag_lists)
     for run, answer in zip(first, answers):
         if answer["error"]:
             raise ValueError(f"row {run.row!r}: {Path(args.script).name} does not take its flags: {answer['error']}")
         found = answer["args"]
-        prompts = [found.get("eval_prompts"), found.get("validation_prompt")] if "eval_prompts" in found else [True]
-        if not any(prompts) or found.get("num_eval_images") == 0:
-            flag = "--num_eval_images above 0" if any(prompts) else "--eval_prompts"
-            raise ValueError(f"row {run.row!r} would measure nothing: it needs {flag}")
+        need = "--num_eval_images above 0" if found.get("num_eval_images") == 0 else None
+        if "eval_prompts" in found and not (found["eval_prompts"] or found.get("validation_prompt")):
+            need = "--eval_prompts"
+        if need:
+            raise ValueError(f"row {run.row!r} would measure nothing, and have no metrics.json: it needs {need}")
 
 
 def report(rows, runs, args):
-    """Writes the tables of what has finished so far. Returns the table's lines, and {run: reason} of what has failed."""
+    """Writes the tables of what has finished so far. Returns their lines, {run: reason} of what failed, and the notes."""
     metrics, failures, records = {row.name: [] for row in rows}, {}, []
     for run in runs:
         status = run_status(run)
@@ -203,18 +193,24 @@ def plot(rows, lines, args):
 
 def main(args):
     rows, runs = plan(args)
-    check(rows, runs, args)
     status = {run: run_status(run) for run in runs}  # a folder of something else is found now
+    finished = [run for run in runs if status[run] == "finished"]
+    if args.dry_run or len(finished) < len(runs):
+        check(rows, runs, args)
     if args.dry_run:
         for run in runs:
             print(f"# {run.folder.name}: {status[run]}\n{shlex.join(command(run))}")
         return
 
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
+
     def stop(*_):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    finished = [run for run in runs if status[run] == "finished"]
     elsewhere, interrupted = [], False
     progress = tqdm(total=len(runs), initial=len(finished), desc="runs", unit="run")
     try:
@@ -236,22 +232,19 @@ def main(args):
     lines, failures, below = report(rows, runs, args)
     plot(rows, lines, args)
     print(f"\n{markdown_table(lines)}\n\n{below}\n")
-    print(
-        f"{len(finished)} of {len(runs)} runs were finished before. Tables, plots and runs are in {Path(args.output_dir).resolve()}"
-    )
+    skipped = f"{len(finished)} of {len(runs)} runs were finished before."
+    print(f"{skipped} Tables, plots and runs are in {Path(args.output_dir).resolve()}")
     if interrupted:
         print("Interrupted: the same command goes on from here.", file=sys.stderr)
         raise SystemExit(130)
     if elsewhere:
-        print(
-            f"{len(elsewhere)} runs are left to another process: the same command makes the table whole when it has ended."
-        )
+        left = f"{len(elsewhere)} runs are left to another process"
+        print(f"{left}: when it has ended, the same command makes the table whole.")
     if failures:
         raise ValueError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
     try:
         main(parse_args())
     except (ValueError, ImportError) as error:

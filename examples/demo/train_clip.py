@@ -322,7 +322,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("clip-demo"))
-    parser.add_argument("--max_train_steps", type=int, default=1600)
+    parser.add_argument("--max_train_steps", type=int, default=2400)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--checkpointing_steps", type=int, default=400)

@@ -148,7 +148,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("vae-demo"))
     parser.add_argument("--decoder_only", type=Path, help="a VAE folder: keep its encoder, train its decoder further")
-    parser.add_argument("--max_train_steps", type=int, default=2000)
+    parser.add_argument("--max_train_steps", type=int, default=4000)
     parser.add_argument("--train_batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--kl_weight", type=float, default=1e-6)
