@@ -104,6 +104,18 @@ def predict(unet) -> torch.Tensor:
     return unet(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 600])).sample
 
 
+def test_the_embedded_demo(run, tmp_path):
+    """No model, no data: the shipped DDPM, faces, guide and judges, shortened; what the model card promises is there."""
+    short = {"max_train_steps": 2, "num_eval_images": 4, "ddpm_num_inference_steps": 4, "last_steps": 2}
+    out = run([*(str(part) for k, v in short.items() for part in (f"--{k}", v)), "--output_dir", str(tmp_path / "demo")])
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert set(metrics["comparisons"]) == {"guide", "MSE (lower is better)"} and "| guide |" in out
+    assert set(metrics["sets"]) == {"kid", "diversity"}
+    assert metrics["comparisons"]["guide"]["finetuned_mean"] != metrics["comparisons"]["guide"]["base_mean"]
+    assert (tmp_path / "demo" / "comparison.png").stat().st_size > 10_000
+    DDIMPipeline.from_pretrained(tmp_path / "demo")
+
+
 def test_from_scratch(flags, world, tmp_path):
     """Checkpoints, moving average, sheets of samples, a DDPM in fp16 with its numbers; no guide is ever named."""
     out = launch(
