@@ -131,7 +131,7 @@ DEMO = {
     "rank": 8,
     "late_start": "rollout",
     "quality_weight": 50.0,
-    "learning_rate": 2e-3,
+    "learning_rate": 5e-4,
     "max_train_steps": 45,
     "num_eval_prompts": 100,
     "num_inference_steps": 15,

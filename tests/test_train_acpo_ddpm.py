@@ -107,7 +107,9 @@ def predict(unet) -> torch.Tensor:
 def test_the_embedded_demo(run, tmp_path):
     """No model, no data: the shipped DDPM, faces, guide and judges, shortened; what the model card promises is there."""
     short = {"max_train_steps": 2, "num_eval_images": 4, "ddpm_num_inference_steps": 4, "last_steps": 2}
-    out = run([*(str(part) for k, v in short.items() for part in (f"--{k}", v)), "--output_dir", str(tmp_path / "demo")])
+    out = run(
+        [*(str(part) for k, v in short.items() for part in (f"--{k}", v)), "--output_dir", str(tmp_path / "demo")]
+    )
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert set(metrics["comparisons"]) == {"guide", "MSE (lower is better)"} and "| guide |" in out
     assert set(metrics["sets"]) == {"kid", "diversity"}

@@ -166,7 +166,9 @@ def main(args: argparse.Namespace) -> None:
     text_encoder.train().requires_grad_(True).to(accelerator.device)
     unet.train().to(memory_format=torch.channels_last)
     if accelerator.device.type == "cpu" and args.mixed_precision == "bf16":
-        unet.set_attn_processor(AttnProcessor())  # the fused attention's backward in bf16 takes a third of a step there
+        unet.set_attn_processor(
+            AttnProcessor()
+        )  # the fused attention's backward in bf16 takes a third of a step there
     latents = encode_images(vae.to(memory_format=torch.channels_last), dataset["train"]["image"][:])
     input_ids = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     input_ids, unconditional = input_ids.to(accelerator.device), len(captions)
