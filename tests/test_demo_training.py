@@ -38,7 +38,6 @@ def test_the_text_encoder_is_the_clips_text_tower(tokenizer):
     with torch.no_grad():
         pooled = text_encoder(input_ids.input_ids).pooler_output  # (3, 16)
         torch.testing.assert_close(pooled @ clip.text_projection, clip.encode_text(input_ids.input_ids))
-    assert not any(parameter.requires_grad for parameter in text_encoder.parameters())
 
 
 def test_the_vae_starts_with_signals_of_one_size_and_almost_no_noise():
