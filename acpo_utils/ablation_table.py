@@ -1,6 +1,5 @@
 """The table of an ablation: of each row and metric the means over seeds, with a t-interval; markdown, csv and json."""
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 from acpo_utils.checkpoints import atomic_write
+from acpo_utils.tables import aligned_table, write_csv
 
 
 FIELDS = (
@@ -119,7 +119,7 @@ def _number(value: float) -> float | None:
 
 
 def markdown_table(lines: Sequence[dict]) -> str:
-    """The lines of `summarise_rows` as a markdown table whose columns line up, for the terminal as well."""
+    """The lines of `summarise_rows` as a markdown table (`aligned_table`)."""
 
     def text(value: float | None, sign: str = "") -> str:
         if value is None:
@@ -133,14 +133,7 @@ def markdown_table(lines: Sequence[dict]) -> str:
         interval = "–" if None in interval else f"[{text(interval[0], sign)}, {text(interval[1], sign)}]"
         means = [text(line["base_mean"]), text(line["finetuned_mean"]), text(line["mean_difference"], "+")]
         cells.append([line["row"], line["metric"] or "–", *means, interval, str(line["runs"]), str(line["failed"])])
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    widths = [max(3, *map(len, column)) for column in zip(*cells)]
-
-    def join(row: Sequence[str]) -> str:
-        return f"| {' | '.join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))} |"
-
-    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([join(cells[0]), join(rule), *map(join, cells[1:])])
+    return aligned_table(cells, text_columns=2)
 
 
 def notes(lines: Sequence[dict], failures: dict[str, str]) -> str:
@@ -162,10 +155,7 @@ def write_tables(folder: str | Path, lines: Sequence[dict], title: str, below: s
     folder = Path(folder)
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(f"{title}\n\n{markdown_table(lines)}\n\n{below}\n", encoding="utf-8")
-    with atomic_write(folder / "table.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(folder / "table.csv", FIELDS, lines)
     with atomic_write(folder / "results.json") as temporary:
         text = json.dumps(results | {"table": list(lines)}, indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -141,10 +141,13 @@ def load_lora(unet: torch.nn.Module, path: str | Path, adapter_name: str = "defa
     set_peft_model_state_dict(unet, found, adapter_name=adapter_name)
 
 
-def register_lora_hooks(accelerator, unet: torch.nn.Module) -> None:
+def register_lora_hooks(
+    accelerator, unet: torch.nn.Module, save: Callable = save_lora, load: Callable = load_lora
+) -> None:
     """Makes `accelerator.save_state` / `load_state` store the U-Net's LoRA in place of the whole U-Net.
 
-    Call it after `accelerator.prepare`. Models other than `unet` are stored by accelerate as usual.
+    Call it after `accelerator.prepare`. Models other than `unet` are stored by accelerate as usual. `save` and `load`
+    take the U-Net, out of its parallel wrapper, and a folder.
     """
     unet = accelerator.unwrap_model(unet)
 
@@ -153,12 +156,12 @@ def register_lora_hooks(accelerator, unet: torch.nn.Module) -> None:
 
     def save_hook(models: list, weights: list, output_dir: str) -> None:
         if accelerator.is_main_process:
-            save_lora(unet, output_dir)
+            save(unet, output_dir)
         weights.pop(position(models))  # what stays in the list is written by accelerate
 
     def load_hook(models: list, input_dir: str) -> None:
         models.pop(position(models))
-        load_lora(unet, input_dir)
+        load(unet, input_dir)
 
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)

@@ -6,12 +6,10 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from acpo_utils.checkpoints import load_strictly
-from acpo_utils.losses import diffusion_target
-from acpo_utils.seeds import step_generator
+from acpo_utils.denoising_error import denoising_errors
 
 
 USAGE = """
@@ -30,7 +28,6 @@ image = pipeline(num_inference_steps={steps}).images[0]
 base = DiffusionPipeline.from_pretrained("{base_model}")  # the same by hand
 base.unet = PeftModel.from_pretrained(base.unet, "{folder}/lora").merge_and_unload()
 """
-MSE_TIMESTEPS = 10
 SAMPLERS = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}
 
 
@@ -145,27 +142,16 @@ def usage_example(output_dir: str | Path, base_model: str | None, num_inference_
 def denoising_error(
     unet: torch.nn.Module, noise_scheduler, images: torch.Tensor, seed: int = 0, batch_size: int = 16
 ) -> torch.Tensor:
-    """MSE of the paper's table 1: L_diff (eq. 8) of held-out images, each at the same noise and timesteps every time.
-
-    Every image is noised to `MSE_TIMESTEPS` timesteps spread evenly over the whole range, with the noise of (seed,
-    image, timestep), so that two models are asked the same.
+    """MSE of the paper's table 1 by `denoising_errors`, batch by batch: two models are asked the same.
 
     Args:
         unet: UNet2DModel, on any device. noise_scheduler: of its training. images: (N, 3, H, W) in [0, 1].
     Returns:
-        (N,) mean squared error to `diffusion_target`, in fp32 on the CPU; lower is better.
+        (N,) errors, in fp32 on the CPU; lower is better.
     """
-    device, total = next(unet.parameters()).device, noise_scheduler.config.num_train_timesteps
-    errors = torch.zeros(len(images))
+    device, errors = next(unet.parameters()).device, []
     for start in range(0, len(images), batch_size):
         x0 = images[start : start + batch_size].to(device) * 2 - 1  # (B, 3, H, W) in [-1, 1]
         rows = range(start, start + len(x0))
-        for k in range(MSE_TIMESTEPS):
-            t = torch.full((len(x0),), int((k + 0.5) * total / MSE_TIMESTEPS), device=device)  # (B,)
-            noise = [torch.randn(x0.shape[1:], generator=step_generator(seed, row, k)) for row in rows]
-            noise = torch.stack(noise).to(device)  # (B, 3, H, W)  eps
-            model_pred = unet(noise_scheduler.add_noise(x0, noise, t), t, return_dict=False)[0]
-            target = diffusion_target(noise_scheduler, x0, noise, t)
-            error = F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(1)  # (B,)
-            errors[start : start + len(x0)] += error.cpu() / MSE_TIMESTEPS
-    return errors
+        errors.append(denoising_errors(lambda z, t: unet(z, t, return_dict=False)[0], noise_scheduler, x0, rows, seed))
+    return torch.cat(errors).cpu()

@@ -1,12 +1,12 @@
 """The table of an evaluation, as the paper's tables 2 and 3: a row for each model, prompt set and metric."""
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from acpo_utils.checkpoints import atomic_write
 from acpo_utils.statistics import holm, paired_comparison, win_rate_interval
+from acpo_utils.tables import aligned_table, write_csv
 
 
 NUMBERS = (
@@ -21,9 +21,7 @@ def paired_row(base: Sequence[float], finetuned: Sequence[float], lower_is_bette
     The difference is fine-tuned minus base, whichever is better; a win is a better score.
     Raises ValueError as `paired_comparison` does.
     """
-    row = paired_comparison(base, finetuned)
-    if lower_is_better:
-        row["win_rate"] = paired_comparison(finetuned, base)["win_rate"]
+    row = paired_comparison(base, finetuned, lower_is_better)
     low, high = win_rate_interval(round(row["win_rate"] * row["n"]), row["n"])
     return row | {"win_rate_low": low, "win_rate_high": high}
 
@@ -70,17 +68,9 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """A markdown table whose columns line up, for the terminal as well; numbers to the right."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in table_cells(rows)]
-    names = cells[0].index("metric") + 1  # so many columns are text
-    widths = [max(2, *map(len, column)) for column in zip(*cells)]
-
-    def line(texts: Sequence[str]) -> str:
-        padded = [t.ljust(w) if i < names else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * w if i < names else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+    """The rows as a markdown table (`aligned_table`)."""
+    cells = table_cells(rows)
+    return aligned_table(cells, text_columns=cells[0].index("metric") + 1)
 
 
 def write_tables(folder: str | Path, results: dict) -> None:
@@ -89,13 +79,13 @@ def write_tables(folder: str | Path, results: dict) -> None:
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(markdown_table(results["rows"]) + "\n" + notes(results), encoding="utf-8")
     fields = ["model", "prompts", "metric", "guide", "lower_is_better", "n", *NUMBERS]
-    _write_csv(folder / "table.csv", fields, results["rows"])
+    write_csv(folder / "table.csv", fields, results["rows"])
     lines = []
     for model, images in results["images"].items():
         for i, (prompt, image) in enumerate(zip(results["prompts"], images)):
             scores = {metric: values[model][i] for metric, values in results["scores"].items()}
             lines.append({"model": model} | prompt | {"image": image} | scores)
-    _write_csv(folder / "scores.csv", ["model", "set", "row", "text", "image", *results["scores"]], lines)
+    write_csv(folder / "scores.csv", ["model", "set", "row", "text", "image", *results["scores"]], lines)
 
 
 def notes(results: dict) -> str:
@@ -105,10 +95,3 @@ def notes(results: dict) -> str:
         lines.append("guide: the model was trained to raise this score; it is no independent evidence.")
     lines += [f"{metric}: unavailable. {reason}" for metric, reason in results["unavailable"].items()]
     return "".join(f"\n{line}\n" for line in lines)
-
-
-def _write_csv(path: Path, fields: Sequence[str], rows: list[dict]) -> None:
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -43,8 +43,9 @@ def save_model_card(
     """Writes `output_dir/README.md`: what it is, how to load it, the results, and the settings of the run.
 
     `base_model` is None for what was trained from scratch. `image_files` are names of pictures in `output_dir`,
-    `metrics` is a Markdown table, `usage` a Python snippet (of a LoRA that diffusers loads it is known). Hub ids of the base model and the data set go into the card's metadata; local paths
-    stay in its text, since the hub would refuse them there.
+    `metrics` is a Markdown table, `usage` a Python snippet (of a LoRA that diffusers loads it is known). Hub ids of
+    the base model and the data set go into the card's metadata; local paths stay in its text, since the hub would
+    refuse them there.
     The text is given whole: the template of diffusers' `load_or_create_model_card` leaves "TODO" sections in it, and
     a card that the repository already has on the hub would be kept in place of this run's.
     """

@@ -11,16 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from PIL import Image
 
 from acpo_utils.data import to_rgb
-from acpo_utils.losses import diffusion_target
-from acpo_utils.seeds import step_generator
-
-
-MSE_TIMESTEPS = 10
+from acpo_utils.denoising_error import MSE_TIMESTEPS, denoising_errors, fixed_noise
 
 
 def read_images(files: Sequence[Path], batch_size: int = 32) -> Iterator[torch.Tensor]:
@@ -128,10 +123,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 0) -> fl
 def prediction_errors(
     pipeline, files: Sequence[Path], prompts: Sequence[str] | None, seed: int = 0, batch_size: int = 8
 ) -> torch.Tensor:
-    """MSE of the paper's table 1: L_diff (eq. 8) of held-out images, each at the same noise and timesteps every time.
-
-    Image i is noised to `MSE_TIMESTEPS` timesteps spread evenly over the whole range, with noise and VAE sample drawn
-    from (seed, i, k), and the error is taken against the scheduler's own target (noise, velocity or sample).
+    """MSE of the paper's table 1 by `denoising_errors`, batch by batch: two models are asked the same.
 
     Args:
         pipeline: a Stable Diffusion pipeline, or an unconditional one (`prompts` None, no VAE).
@@ -141,7 +133,6 @@ def prediction_errors(
     """
     unet, device = pipeline.unet, pipeline.device
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # whatever it is sampled with
-    total = scheduler.config.num_train_timesteps
     errors, rows = [], range(0)
     for images in read_images(files, batch_size):
         rows = range(rows.stop, rows.stop + len(images))
@@ -151,21 +142,12 @@ def prediction_errors(
             texts = list(prompts[rows.start : rows.stop])
             conditions = (pipeline.encode_prompt(texts, device, 1, False)[0],)  # (B, tokens, dim)  c
             mean_std = pipeline.vae.encode(pixels.to(pipeline.vae.dtype)).latent_dist
-            sampled = mean_std.mean + mean_std.std * _noise(mean_std.mean, seed, rows, MSE_TIMESTEPS)
+            sampled = mean_std.mean + mean_std.std * fixed_noise(mean_std.mean, seed, rows, MSE_TIMESTEPS)
             pixels = (sampled * pipeline.vae.config.scaling_factor).to(unet.dtype)  # (B, 4, h, w)  x0
         pixels = pixels[:, : unet.config.in_channels]  # of a model of grey images
-        error = torch.zeros(len(rows), device=device)
-        for k in range(MSE_TIMESTEPS):
-            timesteps = torch.full((len(rows),), int((k + 0.5) * total / MSE_TIMESTEPS), device=device)  # (B,)
-            noise = _noise(pixels, seed, rows, k)  # like pixels  eps
-            noisy = scheduler.add_noise(pixels, noise, timesteps)  # z_t
-            model_pred = unet(noisy, timesteps, *conditions, return_dict=False)[0]
-            target = diffusion_target(scheduler, pixels, noise, timesteps)
-            error += F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(1)
-        errors.append((error / MSE_TIMESTEPS).cpu())
+
+        def predict(noisy, timesteps, conditions=conditions):
+            return unet(noisy, timesteps, *conditions, return_dict=False)[0]
+
+        errors.append(denoising_errors(predict, scheduler, pixels, rows, seed).cpu())
     return torch.cat(errors)
-
-
-def _noise(like: torch.Tensor, seed: int, rows: range, k: int) -> torch.Tensor:
-    noise = [torch.randn(like.shape[1:], generator=step_generator(seed, row, k)) for row in rows]
-    return torch.stack(noise).to(like.device, like.dtype)

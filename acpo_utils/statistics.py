@@ -20,16 +20,18 @@ def _pair(first: Sequence[float], second: Sequence[float], names: tuple[str, str
     return first, second
 
 
-def paired_comparison(base: Sequence[float], finetuned: Sequence[float]) -> dict[str, float | int]:
+def paired_comparison(
+    base: Sequence[float], finetuned: Sequence[float], lower_is_better: bool = False
+) -> dict[str, float | int]:
     """Two-sided paired t-test of scores of the same prompts by two models (ACPO, tables 2 to 4).
 
     Args:
         base: (n,) scores of the base model, any range. finetuned: (n,) scores of the fine-tuned one, in the same
             order. n >= 2.
     Returns:
-        `n`; `base_mean`, `finetuned_mean`; `mean_difference` (fine-tuned minus base, so positive is better);
+        `n`; `base_mean`, `finetuned_mean`; `mean_difference` (fine-tuned minus base, whichever is better);
         `std_difference` (of the n differences, with n - 1); `t` and `p` (scipy.stats.ttest_rel); `win_rate`, the
-        share of prompts on which the fine-tuned model is strictly better; `tie_rate`, the share of equal scores,
+        share of prompts on which the fine-tuned model is strictly better (higher, or lower if `lower_is_better`); `tie_rate`, the share of equal scores,
         which count for neither side. When all the differences are equal there is no t-test: `t` and `p` are nan.
     Raises:
         ValueError: for different lengths, fewer than two values, or a value that is not finite.
@@ -51,7 +53,7 @@ def paired_comparison(base: Sequence[float], finetuned: Sequence[float]) -> dict
         "std_difference": float(std),
         "t": float(t),
         "p": float(p),
-        "win_rate": float((difference > 0).mean()),
+        "win_rate": float((difference < 0 if lower_is_better else difference > 0).mean()),
         "tie_rate": float((difference == 0).mean()),
     }
 

@@ -74,9 +74,10 @@ def compare(base: tuple[Values, Sets], finetuned: tuple[Values, Sets]) -> tuple[
 
     `paired_comparison` of each metric of single images; a win is a higher score, of the MSE a lower error.
     """
-    comparisons = {name: paired_comparison(base[0][name], finetuned[0][name]) for name in finetuned[0]}
-    if row := comparisons.get(MSE):
-        row["win_rate"] = 1 - row["win_rate"] - row["tie_rate"]
+    comparisons = {
+        name: paired_comparison(base[0][name], finetuned[0][name], lower_is_better=name == MSE)
+        for name in finetuned[0]
+    }
     tables, sets = [comparison_table(comparisons)] if comparisons else [], {}
     if finetuned[1]:
         lines = ["| of the whole set | base | fine-tuned |", "|---|---|---|"]

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from acpo_utils.checkpoints import register_lora_hooks
+
 
 ADAPTER_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -58,23 +60,5 @@ def load_adapter(unet: torch.nn.Module, path: str | Path) -> None:
 
 
 def register_adapter_hooks(accelerator, unet: torch.nn.Module) -> None:
-    """Makes `accelerator.save_state` / `load_state` store the LoRA in place of the whole U-Net.
-
-    Call it after `accelerator.prepare`.
-    """
-    unet = accelerator.unwrap_model(unet)
-
-    def position(models: list) -> int:
-        return next(i for i, model in enumerate(models) if accelerator.unwrap_model(model) is unet)
-
-    def save_hook(models: list, weights: list, output_dir: str) -> None:
-        if accelerator.is_main_process:
-            save_adapter(unet, output_dir)
-        weights.pop(position(models))  # what stays in the list is written by accelerate
-
-    def load_hook(models: list, input_dir: str) -> None:
-        models.pop(position(models))
-        load_adapter(unet, input_dir)
-
-    accelerator.register_save_state_pre_hook(save_hook)
-    accelerator.register_load_state_pre_hook(load_hook)
+    """`acpo_utils.checkpoints.register_lora_hooks` of a LoRA that peft stores."""
+    register_lora_hooks(accelerator, unet, save_adapter, load_adapter)

@@ -32,6 +32,8 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from acpo_utils.ema import ema_weights
+
 
 def training_step(latents, prompt_embeds, unet, noise_scheduler, generator) -> torch.Tensor:
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
@@ -114,12 +116,8 @@ def encode_images(vae: AutoencoderKL, images: list) -> torch.Tensor:
     return torch.cat(latents)
 
 
-def save_pipeline(
-    models: dict, average: EMAModel, parameters: list, prompts: list[str], output_dir: Path, seed: int
-) -> None:
-    """The averaged weights in an fp16 pipeline folder, and a sheet of samples for held-out prompts."""
-    average.store(parameters)
-    average.copy_to(parameters)
+def save_pipeline(models: dict, prompts: list[str], output_dir: Path, seed: int) -> None:
+    """The models in an fp16 pipeline folder, and a sheet of samples for held-out prompts."""
     pipeline = StableDiffusionPipeline(
         **models | {"scheduler": DDIMScheduler.from_config(models["scheduler"].config)},
         safety_checker=None,
@@ -136,7 +134,6 @@ def save_pipeline(
     for name, half in halves.items():
         half.load_state_dict(models[name].state_dict())
         half.half()
-    average.restore(parameters)
     temporary = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     StableDiffusionPipeline(
@@ -225,7 +222,8 @@ def main(args: argparse.Namespace) -> None:
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps:
             accelerator.save_state(state_dir)
             (state_dir / "step.txt").write_text(str(step + 1))
-            save_pipeline(models, average, parameters, sheet_prompts, args.output_dir, args.seed)
+            with ema_weights(average, parameters):
+                save_pipeline(models, sheet_prompts, args.output_dir, args.seed)
 
 
 if __name__ == "__main__":
