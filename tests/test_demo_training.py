@@ -1,12 +1,11 @@
-"""The demo's VAE and text encoder: where the VAE starts, and that the pipeline's text encoder is the CLIP's own."""
+"""The demo's VAE and text encoder: where the VAE starts, and what the text encoder learns before the U-Net."""
 
 import importlib.util
+from argparse import Namespace
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from open_clip.model import CLIP
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -21,23 +20,31 @@ def load_script(name: str):
     return module
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> CLIPTokenizer:
+def test_a_patch_of_the_latents_has_8_rows_and_4_columns():
+    latents = torch.arange(2 * 4 * 16 * 16).view(2, 4, 16, 16)
+    patches = load_script("train_pipeline").patches(latents)  # (2, 8, 128)
+    assert patches.shape == (2, 8, 128)
+    torch.testing.assert_close(patches[1, 0], latents[1, :, :8, :4].flatten())
+    torch.testing.assert_close(patches[1, 6], latents[1, :, 8:, 8:12].flatten())
+
+
+def test_the_text_encoder_learns_which_drawing_a_caption_means():
+    script = load_script("train_pipeline")
     characters = list(bytes_to_unicode().values())
     tokens = characters + [character + "</w>" for character in characters] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12)
-
-
-def test_the_text_encoder_is_the_clips_text_tower(tokenizer):
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=20)
+    input_ids = tokenizer(["a fox", "an owl", "a red owl"], padding="max_length", return_tensors="pt").input_ids
     torch.manual_seed(0)
-    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-    text = {"context_length": 12, "vocab_size": len(tokenizer), "width": 16, "heads": 2, "layers": 3}
-    clip = CLIP(8, vision, text).eval()
-    text_encoder = load_script("train_pipeline").text_tower(clip, tokenizer)
-    input_ids = tokenizer(["a fox", "an owl, noto", ""], padding="max_length", truncation=True, return_tensors="pt")
+    latents = torch.randn(3, 4, 16, 16)
+    text_encoder = script.new_text_encoder(tokenizer)
+    script.fit_text_encoder(
+        text_encoder, input_ids, latents, Namespace(text_encoder_steps=60, train_batch_size=8, seed=0)
+    )
+    head = script.fit_head(text_encoder, input_ids, latents)
     with torch.no_grad():
-        pooled = text_encoder(input_ids.input_ids).pooler_output  # (3, 16)
-        torch.testing.assert_close(pooled @ clip.text_projection, clip.encode_text(input_ids.input_ids))
+        prompt_embeds = text_encoder(input_ids, return_dict=False)[0]
+        assert script.layout_loss(prompt_embeds, latents, head) < 0.05
+        assert script.layout_loss(prompt_embeds.roll(1, 0), latents, head) > 1
 
 
 def test_the_vae_starts_with_signals_of_one_size_and_almost_no_noise():
