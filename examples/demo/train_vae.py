@@ -1,10 +1,6 @@
 """Train the demo's AutoencoderKL from scratch on the demo's train split (64 px -> 16 x 16 x 4 latents).
 
     python examples/demo/train_vae.py --output_dir vae-demo
-    python examples/demo/train_vae.py --decoder_only vae-demo --output_dir vae-demo-sharp
-
-The second command trains the decoder further while the latents stay what they are, so that it may run beside
-train_pipeline.py (as Stable Diffusion's own ft-MSE decoders were made).
 
 Loss: L1 + L1 of image gradients (sharp outlines) + a small KL term, as a plain stand-in for LPIPS and a GAN.
 """
@@ -74,19 +70,6 @@ def training_step(vae: AutoencoderKL, pixel_values: torch.Tensor, kl_weight: flo
     return loss + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
 
 
-def decoder_step(vae: AutoencoderKL, latents: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The pipeline's latents are a U-Net's, never quite those of an image: a little noise stands for the difference."""
-    noise = torch.randn_like(latents) * 0.05 / vae.config.scaling_factor
-    return reconstruction_loss(vae.decode(latents + noise).sample, pixel_values)
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """(N, 3, 64, 64) uint8 -> (N, 4, 16, 16): the posterior's mean, which the pipeline learns, unscaled."""
-    parts = images.split(64)
-    return torch.cat([vae.encode(to_float(part)).latent_dist.mean for part in tqdm(parts, "encoding", mininterval=10)])
-
-
 def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float().div(127.5).sub(1).to(memory_format=torch.channels_last)
 
@@ -99,13 +82,8 @@ def main(args: argparse.Namespace) -> None:
     images = {
         split: torch.stack([pil_to_tensor(image) for image in dataset[split]["image"]]) for split in dataset
     }  # (N, 3, 64, 64) uint8
-    vae = AutoencoderKL.from_pretrained(args.decoder_only) if args.decoder_only else new_vae()
-    vae = vae.train().to(memory_format=torch.channels_last)
-    trained, latents = list(vae.parameters()), None
-    if args.decoder_only:
-        trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-        latents = encode(vae, images["train"])
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=1e-4)
+    vae = new_vae().train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=1e-4)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=args.max_train_steps)
     generator = torch.Generator().manual_seed(args.seed)
     progress = tqdm(range(args.max_train_steps), mininterval=30)
@@ -113,12 +91,9 @@ def main(args: argparse.Namespace) -> None:
     for step in progress:
         chosen = torch.randint(len(images["train"]), (args.train_batch_size,), generator=generator)
         pixel_values = to_float(images["train"][chosen])
-        if latents is None:
-            loss = training_step(vae, pixel_values, args.kl_weight)
-        else:
-            loss = decoder_step(vae, latents[chosen], pixel_values)
+        loss = training_step(vae, pixel_values, args.kl_weight)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
@@ -130,8 +105,7 @@ def main(args: argparse.Namespace) -> None:
                 mean = vae.encode(held_out).latent_dist.mean
                 reconstruction = vae.decode(mean).sample.clamp(-1, 1)
                 psnr = 10 * math.log10(4 / F.mse_loss(reconstruction, held_out).item())
-            if args.decoder_only is None:
-                vae.register_to_config(scaling_factor=1 / mean.std().item())
+            vae.register_to_config(scaling_factor=1 / mean.std().item())
             vae.save_pretrained(args.output_dir)
             save_image(
                 torch.cat([held_out[:16], reconstruction[:16]]).add(1).div(2),
@@ -147,7 +121,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("vae-demo"))
-    parser.add_argument("--decoder_only", type=Path, help="a VAE folder: keep its encoder, train its decoder further")
     parser.add_argument("--max_train_steps", type=int, default=4000)
     parser.add_argument("--train_batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
