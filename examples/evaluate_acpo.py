@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
 from pathlib import Path
 
@@ -54,6 +53,7 @@ from acpo_utils.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
 from acpo_utils.report import write_report
 from acpo_utils.seeds import step_generator
 from acpo_utils.set_metrics import prediction_errors
+from acpo_utils.threads import use_all_cpus
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -385,7 +385,7 @@ def main(args):
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if args.demo and accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-        torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a single process one thread
+        use_all_cpus()
 
     # Everything that can be wrong in a path, a column or a name is found before a model is loaded.
     models = check_models(args)

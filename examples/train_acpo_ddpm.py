@@ -50,6 +50,7 @@ from acpo_utils.late_step import (
 )
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.seeds import step_generator
+from acpo_utils.threads import use_all_cpus
 from acpo_utils.unconditional_images import (
     UnconditionalImages,
     hold_out,
@@ -372,7 +373,7 @@ def main(args):
             "run of your own name data by --dataset_name or --train_data_dir, and a model for all but a new one."
         )
         if accelerator.device.type == "cpu":
-            torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a single process one thread
+            use_all_cpus()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     try:

@@ -49,6 +49,7 @@ from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quali
 from acpo_utils.prompts import Prompts, read_prompts
 from acpo_utils.seeds import step_generator
 from acpo_utils.statistics import paired_comparison
+from acpo_utils.threads import use_all_cpus
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -356,7 +357,7 @@ def main(args):
             "CompVis/stable-diffusion-v1-4 --train_data_dir visual-genome --evaluator ipce:PATH"
         )
         if accelerator.device.type == "cpu":
-            torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a single process one thread
+            use_all_cpus()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     try:
