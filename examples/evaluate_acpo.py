@@ -167,7 +167,7 @@ DEMO = {
     "max_prompts": 100,
     "max_real_images": 200,
     "num_inference_steps": 15,
-    "guidance_scale": 4.0,
+    "guidance_scale": 2.0,
 }
 
 

@@ -136,7 +136,7 @@ DEMO = {
     "max_train_steps": 45,
     "num_eval_prompts": 100,
     "num_inference_steps": 15,
-    "guidance_scale": 4.0,
+    "guidance_scale": 2.0,
 }
 
 

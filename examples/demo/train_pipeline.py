@@ -156,7 +156,7 @@ def save_pipeline(models: dict, prompts: list[str], output_dir: Path, seed: int)
     )
     pipeline.set_progress_bar_config(disable=True)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator).images
+    images = pipeline(prompts, num_inference_steps=20, guidance_scale=2.0, generator=generator).images
     to_pil_image(make_grid([pil_to_tensor(image) for image in images], nrow=10, padding=0)).save(f"{output_dir}.png")
 
     halves = {name: type(models[name]).from_config(models[name].config) for name in ("unet", "vae")}
