@@ -31,8 +31,9 @@ def paired_comparison(
     Returns:
         `n`; `base_mean`, `finetuned_mean`; `mean_difference` (fine-tuned minus base, whichever is better);
         `std_difference` (of the n differences, with n - 1); `t` and `p` (scipy.stats.ttest_rel); `win_rate`, the
-        share of prompts on which the fine-tuned model is strictly better (higher, or lower if `lower_is_better`); `tie_rate`, the share of equal scores,
-        which count for neither side. When all the differences are equal there is no t-test: `t` and `p` are nan.
+        share of prompts on which the fine-tuned model is strictly better (higher, or lower if `lower_is_better`);
+        `tie_rate`, the share of equal scores, which count for neither side. When all the differences are equal there
+        is no t-test: `t` and `p` are nan.
     Raises:
         ValueError: for different lengths, fewer than two values, or a value that is not finite.
     """

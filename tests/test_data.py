@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from acpo_utils.data import (
     CaptionedImages,
@@ -22,6 +20,7 @@ from acpo_utils.data import (
     tokenize,
 )
 from acpo_utils.prompts import Prompts, read_prompts
+from tests.conftest import tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +30,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
+    return tiny_tokenizer()
 
 
 def picture(number: int, size=(20, 16)) -> Image.Image:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from transformers import CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tests.conftest import tiny_tokenizer
 
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
@@ -30,9 +30,7 @@ def test_a_patch_of_the_latents_has_8_rows_and_4_columns():
 
 def test_the_text_encoder_learns_which_drawing_a_caption_means():
     script = load_script("train_pipeline")
-    characters = list(bytes_to_unicode().values())
-    tokens = characters + [character + "</w>" for character in characters] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=20)
+    tokenizer = tiny_tokenizer()
     input_ids = tokenizer(["a fox", "an owl", "a red owl"], padding="max_length", return_tensors="pt").input_ids
     torch.manual_seed(0)
     latents = torch.randn(3, 4, 16, 16)
