@@ -42,6 +42,7 @@ from acpo_utils.checkpoints import (
     save_lora,
 )
 from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images
+from acpo_utils.drift import prediction_drift
 from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
 from acpo_utils.hub import push_to_hub, save_model_card
 from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_late_latents, sample_late_timesteps
@@ -386,7 +387,7 @@ def main(args):
             dataset = check_images(dataset, args.image_column, args.skip_bad_images)
     eval_prompts = read_prompts(args.eval_prompts)[: args.num_eval_prompts] if args.eval_prompts else []
     evaluator = judge = None
-    if args.quality_weight:
+    if args.evaluator:  # with --quality_weight 0 it is for the final table alone
         evaluator = load_guide(args.evaluator, args.evaluator_weight, accelerator.device)
     if args.judge:
         from acpo_utils.judge import load_judge
@@ -458,7 +459,7 @@ def main(args):
         batch = next(batches) | {"empty_ids": empty_ids}
         return {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-    if evaluator is not None:
+    if args.quality_weight:
         probe = next(iter(DataLoader(train_set, batch_size=2, collate_fn=collate)))
         latents = randn_tensor(
             latents_shape(probe["prompts"], vae, args), step_generator(args.seed), accelerator.device
@@ -556,8 +557,11 @@ def finish(pipeline, scorers, eval_prompts, skipped_steps, device, args):
                 scores = [comparison.score_images(scorer, images, prompts, device) for images in (base, finetuned)]
                 comparisons[name] = paired_comparison(*scores)
                 guide_scores = guide_scores or scores
+        drift = prediction_drift(pipeline, base, prompts, args.seed, args.eval_batch_size)
         table = comparison.comparison_table(comparisons)
+        table += f"\n\nDrift (eq. 7 on noised samples of the base model, all timesteps): {drift.mean():.3g}"
         metrics = {"comparisons": comparisons, "num_prompts": len(prompts), "skipped_steps": skipped_steps}
+        metrics["sets"] = {"drift": [drift.mean().item(), drift.std().item() if len(drift) > 1 else 0.0]}
         with atomic_write(output_dir / "metrics.json") as temporary:
             temporary.write_text(json.dumps(metrics, indent=2))
         comparison.comparison_picture(output_dir / "comparison.png", base, finetuned, prompts, guide_scores)

@@ -75,6 +75,7 @@ def test_outputs_checkpoints_and_comparison(flags, lora_of, tmp_path, tiny_pipel
     assert metrics["num_prompts"] == 3 and metrics["skipped_steps"] == 0
     guide = metrics["comparisons"]["guide"]
     assert 0 < guide["base_mean"] < 5 and f"{guide['finetuned_mean']:.4f}" in out
+    assert metrics["sets"]["drift"][0] > 0 and f"{metrics['sets']['drift'][0]:.3g}" in out
     assert "acpo" in (folder / "README.md").read_text()
 
     weights = lora_of()
@@ -127,6 +128,16 @@ def test_a_copy_in_an_empty_folder_runs_and_weights_of_zero_are_a_plain_lora_run
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
     out = launch("--output_dir", tmp_path / "other", script="my_script.py", cwd=tmp_path / "copy", code=1)
     assert "name a model, or clone the repository" in out
+
+
+def test_the_baseline_is_scored_by_the_guide_that_did_not_train_it(flags, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\n")
+    launch(
+        *flags(quality_weight=0, anchor_weight=0, max_train_steps=1, num_inference_steps=2),
+        *["--eval_prompts", tmp_path / "prompts.txt"],
+    )
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["comparisons"]["guide"]["n"] == 2 and metrics["sets"]["drift"][0] > 0
 
 
 def test_rollout_chain_late_diffusion_and_continuing_from_a_lora(flags, lora_of, tmp_path):

@@ -30,6 +30,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from timm.optim import Muon
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
@@ -63,6 +64,7 @@ def patches(latents: torch.Tensor) -> torch.Tensor:
 
 DATA = Path(__file__).parent / "data"
 SHEET_PROMPTS = 40
+MUON = {"betas": (0.9, 0.99), "weight_decay": 0.01, "nesterov": True}
 
 
 def new_unet(cross_attention_dim: int) -> UNet2DConditionModel:
@@ -89,7 +91,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             vocab_size=len(tokenizer),
             hidden_size=256,
             intermediate_size=1024,
-            num_hidden_layers=3,
+            num_hidden_layers=4,
             num_attention_heads=8,
             max_position_embeddings=tokenizer.model_max_length,
             hidden_act="gelu",
@@ -111,13 +113,28 @@ def encode_images(vae: AutoencoderKL, images: list) -> torch.Tensor:
     return torch.cat(latents)
 
 
+def parameter_groups(*modules: torch.nn.Module, learning_rate: float) -> list[dict]:
+    """What Muon is for, and what AdamW does: embedding tables, and convolutions, where Muon's time is not won back.
+
+    Muon's updates are scaled to AdamW's, so one learning rate is for both; vectors are AdamW's in either group.
+    """
+    layers = [layer for module in modules for layer in module.modules()]
+    plain = [layer.weight for layer in layers if isinstance(layer, torch.nn.Embedding | torch.nn.Conv2d)]
+    known = {id(weight) for weight in plain}
+    matrices = [p for module in modules for p in module.parameters() if id(p) not in known]
+    return [
+        {"params": matrices, "lr": learning_rate},
+        {"params": plain, "lr": learning_rate, "use_fallback": True},
+    ]
+
+
 def fit_text_encoder(
     text_encoder: CLIPTextModel, input_ids: torch.Tensor, latents: torch.Tensor, args: argparse.Namespace
 ) -> None:
     """Teaches the text encoder alone which drawing a caption means."""
     head = torch.nn.Linear(text_encoder.config.hidden_size, 128).to(latents.device)
     parameters = [*text_encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = Muon(parameter_groups(text_encoder, head, learning_rate=2e-3), **MUON)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=args.text_encoder_steps)
     generator = torch.Generator().manual_seed(args.seed)
     losses: list[float] = []
@@ -199,7 +216,7 @@ def main(args: argparse.Namespace) -> None:
     latents = encode_images(vae.to(memory_format=torch.channels_last), dataset["train"]["image"][:])
     input_ids = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     input_ids, unconditional = input_ids.to(accelerator.device), len(captions)
-    if args.continue_from is None and not args.resume:
+    if args.text_encoder_steps and not args.resume:
         fit_text_encoder(text_encoder, input_ids[:unconditional], latents, args)
     head = fit_head(text_encoder, input_ids[:unconditional], latents)
 
@@ -214,11 +231,9 @@ def main(args: argparse.Namespace) -> None:
         clip_sample=False,
     )
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    groups = [
-        {"params": list(unet.parameters())},
-        {"params": [*text_encoder.parameters(), *head.parameters()], "lr": args.text_encoder_learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    groups = parameter_groups(unet, learning_rate=args.learning_rate)
+    groups += parameter_groups(text_encoder, head, learning_rate=args.text_encoder_learning_rate)
+    optimizer = Muon(groups, **MUON)
     lr_scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
@@ -273,7 +288,9 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", type=Path, default=Path("pipeline-demo"))
     parser.add_argument("--max_train_steps", type=int, default=5000)
     parser.add_argument("--train_batch_size", type=int, default=32)
-    parser.add_argument("--text_encoder_steps", type=int, default=7000, help="of the text encoder alone, first")
+    parser.add_argument(
+        "--text_encoder_steps", type=int, default=8000, help="of the text encoder alone, first; 0: it knows already"
+    )
     parser.add_argument("--learning_rate", type=float, default=7e-4, help="of the U-Net")
     parser.add_argument("--text_encoder_learning_rate", type=float, default=3e-4, help="beside the U-Net")
     parser.add_argument("--lr_warmup_steps", type=int, default=100)

@@ -1,0 +1,42 @@
+"""How far a LoRA has moved the U-Net: the anchor's distance (eq. 7), over the whole range of timesteps."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDPMScheduler
+
+from acpo_utils.anchor import base_prediction
+from acpo_utils.denoising_error import MSE_TIMESTEPS, fixed_noise
+from acpo_utils.losses import anchor_loss
+
+
+@torch.no_grad()
+def prediction_drift(
+    pipeline, images: torch.Tensor, prompts: Sequence[str], seed: int = 0, batch_size: int = 16
+) -> torch.Tensor:
+    """L_anchor (eq. 7) on noised images, a mean over `MSE_TIMESTEPS` timesteps spread evenly over the whole range.
+
+    Args:
+        pipeline: a Stable Diffusion pipeline whose U-Net has a LoRA, switched on.
+        images: (N, 3, H, W) in [0, 1], of the size that the pipeline draws; natural are the base model's own samples.
+        prompts: N strings.
+    Returns:
+        (N,) fp32 on the CPU, in squared units of the prediction, whose variance is about 1; 0 without a change.
+    """
+    unet, vae, device = pipeline.unet, pipeline.vae, pipeline.unet.device
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # whatever it is sampled with
+    total = noise_scheduler.config.num_train_timesteps
+    drift = torch.zeros(len(images))
+    for start in range(0, len(images), batch_size):
+        rows = range(start, min(start + batch_size, len(images)))
+        prompt_embeds = pipeline.encode_prompt([prompts[row] for row in rows], device, 1, False)[0]  # (B, tokens, dim)
+        pixels = (images[start : rows.stop] * 2 - 1).to(device, vae.dtype)  # (B, 3, H, W) in [-1, 1]
+        latents = (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).to(unet.dtype)  # (B, 4, h, w)
+        for k in range(MSE_TIMESTEPS):
+            timesteps = torch.full((len(rows),), int((k + 0.5) * total / MSE_TIMESTEPS), device=device)  # (B,)
+            noisy_latents = noise_scheduler.add_noise(latents, fixed_noise(latents, seed, rows, k), timesteps)
+            base_pred = base_prediction(unet, noisy_latents, timesteps, prompt_embeds)  # eps_theta
+            model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]  # eps_phi
+            for row, pair in enumerate(zip(model_pred, base_pred), start):
+                drift[row] += anchor_loss(*pair).item() / MSE_TIMESTEPS
+    return drift
