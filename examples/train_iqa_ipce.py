@@ -243,7 +243,7 @@ def evaluation_loader(dataset, args):
 
 @torch.no_grad()
 def fit_head(model, stage, accelerator, args, num_rows=1000):
-    """Starts a and bias of eq. 3 where the pretrained CLIP's similarities fit the ratings best (least squares).
+    """Starts a, b and bias of eq. 3 where the pretrained CLIP's similarities fit the ratings best (least squares).
 
     From arbitrary numbers, training would first bend the whole CLIP until its cosines suit them: on the demo's labels
     that cost more than the training gained.
@@ -253,14 +253,12 @@ def fit_head(model, stage, accelerator, args, num_rows=1000):
     similarities, mos = [], []
     for batch in tqdm(loader, desc="head", leave=False, disable=not accelerator.is_local_main_process):
         s_align, s_struct = model.similarities(batch["whole"].to(accelerator.device), batch["prompts"])
-        similarities.append(torch.stack([s_align, torch.ones_like(s_align), s_struct], dim=-1))  # (B, 3)
+        similarities.append(torch.stack([s_align, s_struct, torch.ones_like(s_align)], dim=-1))  # (B, 3)
         mos.append(batch["mos"])
     similarities, target = torch.cat(similarities).cpu().double(), torch.cat(mos).double().clamp(0.02, 0.98).logit()
-    solution = torch.linalg.lstsq(
-        similarities[:, :2], (target - model.b.item() * similarities[:, 2]).unsqueeze(1)
-    ).solution
-    model.a.fill_(solution[0].item())
-    model.bias.fill_(solution[1].item())
+    solution = torch.linalg.lstsq(similarities, target.unsqueeze(1)).solution.flatten().tolist()
+    for parameter, value in zip((model.a, model.b, model.bias), solution):
+        parameter.fill_(value)
 
 
 @torch.no_grad()

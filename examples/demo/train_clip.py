@@ -29,6 +29,7 @@ from diffusers.optimization import get_scheduler
 from open_clip.model import CLIP
 from open_clip.transformer import PatchDropout
 from safetensors.torch import save_file
+from timm.optim import Muon
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
@@ -212,6 +213,19 @@ def evaluate(
     return metrics
 
 
+def parameter_groups(model: CLIP) -> list[dict]:
+    """Muon for the maps of activations, AdamW for the rest: tables of embeddings, the map of pixels, vectors."""
+    groups = [
+        {"params": [], "weight_decay": 0.1},
+        {"params": [], "weight_decay": 0.1, "use_fallback": True},
+        {"params": [], "weight_decay": 0.0, "use_fallback": True},
+    ]
+    for name, parameter in model.named_parameters():
+        table = name.endswith(("embedding", "embedding.weight", "conv1.weight"))
+        groups[2 if parameter.ndim < 2 else int(table)]["params"].append(parameter)
+    return groups
+
+
 def batched(items: list, size: int = 256) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
@@ -264,15 +278,7 @@ def main(args: argparse.Namespace) -> None:
     model.visual.patch_dropout = PatchDropout(PATCH_DROPOUT)  # not in the config: a matter of training alone
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
 
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0},
-        ],
-        lr=args.learning_rate,
-        betas=(0.9, 0.98),
-    )
+    optimizer = Muon(parameter_groups(model), lr=args.learning_rate, betas=(0.9, 0.98), nesterov=True)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=150, num_training_steps=args.max_train_steps)
     order: list[int] = []
     losses = []
@@ -322,9 +328,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("clip-demo"))
-    parser.add_argument("--max_train_steps", type=int, default=2400)
+    parser.add_argument("--max_train_steps", type=int, default=2000)
     parser.add_argument("--train_batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--checkpointing_steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -3,11 +3,13 @@
     accelerate launch examples/demo/train_pipeline.py --vae vae-demo --tokenizer clip-demo --output_dir pipeline-demo
 
 What has to be learned here is mostly which drawing a text means. A U-Net learns that slowly, at half a second a step, so
-the text encoder learns it first and alone, at a tenth of a second: its last tokens are to hold the drawing's latents, as a
+the text encoder learns it first and alone, at a fifth of a second: its last tokens are to hold the drawing's latents, as a
 linear map reads them (`layout_loss`). Cross-attention is such a map, so the U-Net has little left to do but to read them.
-Then both learn together, the text encoder still by both losses. With the text tower of a CLIP, which learned by the U-Net's
-loss alone, the error at the last timestep was 0.23 after 10,000 steps; with this text encoder 0.20 after 1,500 more and 0.10
-after 7,000.
+Then both learn together, the text encoder still by both losses.
+
+To know drawings by heart, Muon is three times as fast as AdamW (Jordan et al. 2024; timm's, which scales its updates to
+AdamW's): of the text encoder alone, on held-out combinations, a squared error of 0.27 after 1,000 steps, where AdamW took
+3,000.
 
 Velocity prediction on a schedule that ends in pure noise (Salimans and Ho 2022; Lin et al. 2024), with half of the
 timesteps from the last quarter, where the text decides. The text enters by cross-attention and, pooled, by the time
