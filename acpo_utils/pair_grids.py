@@ -60,4 +60,4 @@ def pair_grid(
         text = "\n".join(lines).replace("$", r"\$")
         axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=7)
     with atomic_write(path) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, bbox_inches="tight")  # the last captions reach below the axes
