@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import DDPMScheduler
+from tqdm.auto import tqdm
 
 from acpo_utils.anchor import base_prediction
 from acpo_utils.denoising_error import MSE_TIMESTEPS, fixed_noise
@@ -27,7 +28,7 @@ def prediction_drift(
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # whatever it is sampled with
     total = noise_scheduler.config.num_train_timesteps
     drift = torch.zeros(len(images))
-    for start in range(0, len(images), batch_size):
+    for start in tqdm(range(0, len(images), batch_size), desc="measuring the drift"):
         rows = range(start, min(start + batch_size, len(images)))
         prompt_embeds = pipeline.encode_prompt([prompts[row] for row in rows], device, 1, False)[0]  # (B, tokens, dim)
         pixels = (images[start : rows.stop] * 2 - 1).to(device, vae.dtype)  # (B, 3, H, W) in [-1, 1]
