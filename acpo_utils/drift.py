@@ -7,8 +7,7 @@ from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from acpo_utils.anchor import base_prediction
-from acpo_utils.denoising_error import MSE_TIMESTEPS, fixed_noise
-from acpo_utils.losses import anchor_loss
+from acpo_utils.denoising_error import MSE_TIMESTEPS, noised, squared_distance
 
 
 @torch.no_grad()
@@ -26,18 +25,16 @@ def prediction_drift(
     """
     unet, vae, device = pipeline.unet, pipeline.vae, pipeline.unet.device
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # whatever it is sampled with
-    total = noise_scheduler.config.num_train_timesteps
-    drift = torch.zeros(len(images))
+    drift = []
     for start in tqdm(range(0, len(images), batch_size), desc="measuring the drift"):
         rows = range(start, min(start + batch_size, len(images)))
         prompt_embeds = pipeline.encode_prompt([prompts[row] for row in rows], device, 1, False)[0]  # (B, tokens, dim)
         pixels = (images[start : rows.stop] * 2 - 1).to(device, vae.dtype)  # (B, 3, H, W) in [-1, 1]
         latents = (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).to(unet.dtype)  # (B, 4, h, w)
-        for k in range(MSE_TIMESTEPS):
-            timesteps = torch.full((len(rows),), int((k + 0.5) * total / MSE_TIMESTEPS), device=device)  # (B,)
-            noisy_latents = noise_scheduler.add_noise(latents, fixed_noise(latents, seed, rows, k), timesteps)
+        total = torch.zeros(len(rows), device=device)
+        for noisy_latents, _, timesteps in noised(noise_scheduler, latents, rows, seed):
             base_pred = base_prediction(unet, noisy_latents, timesteps, prompt_embeds)  # eps_theta
             model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]  # eps_phi
-            for row, pair in enumerate(zip(model_pred, base_pred), start):
-                drift[row] += anchor_loss(*pair).item() / MSE_TIMESTEPS
-    return drift
+            total += squared_distance(model_pred, base_pred)  # of eq. 7, for each image by itself
+        drift.append((total / MSE_TIMESTEPS).cpu())
+    return torch.cat(drift)
