@@ -1,5 +1,10 @@
 import os
+import sys
+from pathlib import Path
 
+
+# The demo's scripts import each other, as scripts of one folder do.
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "demo"))
 
 # Before torch is imported: one thread is several times faster than two on models this small, and nothing is fetched.
 os.environ["OMP_NUM_THREADS"] = "1"

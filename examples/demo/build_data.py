@@ -18,6 +18,7 @@ import tarfile
 from pathlib import Path
 
 import resvg_py
+from captions import TEMPLATE_WEIGHTS, TEMPLATES, caption
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
@@ -45,14 +46,6 @@ CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities", "Objects", "Trav
 # Clock faces, moon phases, and a second drawing of the same thing: too alike to tell apart at 64 px.
 LOOK_ALIKES = re.compile(
     r"-oclock|-thirty|moon|-face$|^sun-|^cloud-|^oncoming-|-(heart|suit|book|mailbox)$|locked|foggy|^joker$"
-)
-TEMPLATES = (
-    "{a_content}, {style} style, on {a_background} background",
-    "{a_content} in {style} style on {a_background} background",
-    "{style} style {content}, {background} background",
-    "{a_content} on {a_background} background",
-    "{a_content}, {style} style",
-    "{a_content}",
 )
 IMAGE_SIZE, DRAWING_SIZE = 64, 54
 FEATURES = Features(
@@ -86,23 +79,6 @@ def render(icon_set: dict, name: str, background: tuple[int, int, int]) -> bytes
     return buffer.getvalue()
 
 
-def with_article(content: str) -> str:
-    """'fox' -> 'a fox', 'owl' -> 'an owl', 'grapes' -> 'grapes'."""
-    if content.endswith("s") and not content.endswith(("ss", "us", "is")):
-        return content
-    return f"{'an' if content[0] in 'aeiou' else 'a'} {content}"
-
-
-def caption(content: str, style: str, background: str, template: str = TEMPLATES[0]) -> str:
-    return template.format(
-        content=content,
-        a_content=with_article(content),
-        style=style,
-        background=background,
-        a_background=with_article(background),
-    )
-
-
 def main(args: argparse.Namespace) -> None:
     rng = random.Random(args.seed)
     icon_sets, categories = {}, {}
@@ -131,16 +107,9 @@ def main(args: argparse.Namespace) -> None:
     rows = {"train": [], "new_combinations": [], "unseen_concepts": [], "judge_style": []}
 
     def add(split: str, name: str, style: str, background: str, template: str = TEMPLATES[0]) -> None:
-        content = name.replace("-", " ")
-        rows[split].append(
-            {
-                "image": {"bytes": render(icon_sets[style], name, BACKGROUNDS[background]), "path": None},
-                "text": caption(content, style, background, template),
-                "content": content,
-                "style": style,
-                "background": background,
-            }
-        )
+        row = {"content": name.replace("-", " "), "style": style, "background": background}
+        image = {"bytes": render(icon_sets[style], name, BACKGROUNDS[background]), "path": None}
+        rows[split].append({"image": image, "text": caption(row, template)} | row)
 
     for name in seen:
         held_out_styles = rng.sample(list(GENERATOR_STYLES), 2)
@@ -149,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
             if style in held_out_styles:
                 add("new_combinations", name, style, backgrounds[0])
             for background in backgrounds[1:]:
-                add("train", name, style, background, rng.choices(TEMPLATES, weights=(4, 2, 1, 1, 1, 1))[0])
+                add("train", name, style, background, rng.choices(TEMPLATES, weights=TEMPLATE_WEIGHTS)[0])
     for name in unseen:
         for style in GENERATOR_STYLES:
             for background in rng.sample(list(BACKGROUNDS), 2):

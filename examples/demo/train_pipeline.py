@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from captions import ATTRIBUTES, TEMPLATE_WEIGHTS, TEMPLATES, caption
 from datasets import load_dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -104,6 +105,25 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
+def tokenize_captions(tokenizer: CLIPTokenizer, rows: list[dict[str, str]]) -> torch.Tensor:
+    """(N, templates, tokens): what can be said of each image."""
+    texts = [caption(row, template) for row in rows for template in TEMPLATES]
+    return tokenize(tokenizer, texts).view(len(rows), len(TEMPLATES), -1)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def draw_captions(input_ids: torch.Tensor, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(B, tokens) of the chosen images, each by another template every time.
+
+    With one fixed caption for each image, "a fox on a pink background" would be the name of a single drawing.
+    """
+    weights = torch.tensor(TEMPLATE_WEIGHTS, dtype=torch.float)
+    return input_ids[chosen, torch.multinomial(weights, len(chosen), replacement=True, generator=generator)]
+
+
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: list) -> torch.Tensor:
     """(N, 4, 16, 16) scaled latents: the posterior's means, computed once."""
@@ -134,7 +154,7 @@ def fit_text_encoder(
     text_encoder: CLIPTextModel, input_ids: torch.Tensor, latents: torch.Tensor, args: argparse.Namespace
 ) -> None:
     """Teaches the text encoder alone which drawing a caption means."""
-    head = torch.nn.Linear(text_encoder.config.hidden_size, 128).to(latents.device)
+    head = fit_head(text_encoder, input_ids[:, 0], latents)
     parameters = [*text_encoder.parameters(), *head.parameters()]
     optimizer = Muon(parameter_groups(text_encoder, head, learning_rate=2e-3), **MUON)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=args.text_encoder_steps)
@@ -143,7 +163,8 @@ def fit_text_encoder(
     progress = tqdm(range(args.text_encoder_steps), desc="text encoder", mininterval=30)
     for _ in progress:
         chosen = torch.randint(len(latents), (args.train_batch_size,), generator=generator)
-        loss = layout_loss(text_encoder(input_ids[chosen], return_dict=False)[0], latents[chosen], head)
+        captions = draw_captions(input_ids, chosen, generator)
+        loss = layout_loss(text_encoder(captions, return_dict=False)[0], latents[chosen], head)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -198,7 +219,6 @@ def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     files = {split: str(DATA / f"{split}.parquet") for split in ("train", "new_combinations")}
     dataset = load_dataset("parquet", data_files=files)
-    captions = dataset["train"]["text"][:]
     if args.continue_from:
         pipeline = StableDiffusionPipeline.from_pretrained(args.continue_from, dtype=torch.float32)
         tokenizer, text_encoder, vae, unet = (
@@ -216,11 +236,12 @@ def main(args: argparse.Namespace) -> None:
         # The backward of the fused attention takes a third of a step in bf16 there.
         unet.set_attn_processor(AttnProcessor())
     latents = encode_images(vae.to(memory_format=torch.channels_last), dataset["train"]["image"][:])
-    input_ids = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    input_ids, unconditional = input_ids.to(accelerator.device), len(captions)
+    rows = dataset["train"].select_columns(list(ATTRIBUTES)).to_list()
+    input_ids = tokenize_captions(tokenizer, rows).to(accelerator.device)
+    unconditional = tokenize(tokenizer, [""]).to(accelerator.device)
     if args.text_encoder_steps and not args.resume:
-        fit_text_encoder(text_encoder, input_ids[:unconditional], latents, args)
-    head = fit_head(text_encoder, input_ids[:unconditional], latents)
+        fit_text_encoder(text_encoder, input_ids, latents, args)
+    head = fit_head(text_encoder, input_ids[:, 0], latents)
 
     noise_scheduler = DDPMScheduler(
         beta_start=0.00085,
@@ -261,8 +282,9 @@ def main(args: argparse.Namespace) -> None:
         chosen = torch.randint(len(latents), (args.train_batch_size,), generator=generator)
         # Classifier-free guidance needs an unconditional model: a tenth of the captions are emptied.
         dropped = torch.rand(args.train_batch_size, generator=generator) < 0.1
-        rows = torch.where(dropped, unconditional, chosen)
-        prompt_embeds = text_encoder(input_ids[rows], return_dict=False)[0]  # (B, tokens, dim)
+        captions = draw_captions(input_ids, chosen, generator)
+        captions = torch.where(dropped[:, None].to(captions.device), unconditional, captions)
+        prompt_embeds = text_encoder(captions, return_dict=False)[0]  # (B, tokens, dim)
         with accelerator.autocast():
             loss = training_step(latents[chosen], prompt_embeds, unet, noise_scheduler, generator)
         layout = layout_loss(prompt_embeds[~dropped], latents[chosen][~dropped], head)
