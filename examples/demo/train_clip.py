@@ -294,7 +294,10 @@ def main(args: argparse.Namespace) -> None:
     train = splits["train"]
     scores = ratings()
     values = {attribute: sorted({row[attribute] for row in train["rows"]}) for attribute in ATTRIBUTES}
-    values |= {"quality": list(QUALITIES), "distortion": ["no distortion", *(d.replace("_", " ") for d in DISTORTIONS)]}
+    values |= {
+        "quality": list(QUALITIES),
+        "distortion": ["no distortion", *(d.replace("_", " ") for d in DISTORTIONS)],
+    }
     tokenizer = build_tokenizer(
         [caption(row, template) for row in train["rows"] for template in TEMPLATES]
         + [f"{distortion}, {quality} quality" for distortion in values["distortion"] for quality in QUALITIES],

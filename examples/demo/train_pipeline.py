@@ -221,14 +221,12 @@ def main(args: argparse.Namespace) -> None:
     dataset = load_dataset("parquet", data_files=files)
     if args.continue_from:
         pipeline = StableDiffusionPipeline.from_pretrained(args.continue_from, dtype=torch.float32)
-        tokenizer, text_encoder, vae, unet = (
-            pipeline.components[name] for name in ("tokenizer", "text_encoder", "vae", "unet")
-        )
+        tokenizer, text_encoder, unet = pipeline.tokenizer, pipeline.text_encoder, pipeline.unet
     else:
         tokenizer = CLIPTokenizer.from_pretrained(args.tokenizer)
         text_encoder = new_text_encoder(tokenizer)
-        vae = AutoencoderKL.from_pretrained(args.vae)
         unet = new_unet(text_encoder.config.hidden_size)
+    vae = AutoencoderKL.from_pretrained(args.vae or args.continue_from / "vae", dtype=torch.float32)
     vae.eval().requires_grad_(False).to(accelerator.device)
     text_encoder.train().to(accelerator.device)
     unet.train().to(memory_format=torch.channels_last)
@@ -308,12 +306,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, help="folder written by train_vae.py")
     parser.add_argument("--tokenizer", type=Path, help="a folder with a CLIPTokenizer, as train_clip.py writes it")
-    parser.add_argument("--continue_from", type=Path, help="a pipeline folder that learns on, in place of both")
+    parser.add_argument(
+        "--continue_from", type=Path, help="a pipeline folder that learns on, with its own VAE or --vae"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("pipeline-demo"))
     parser.add_argument("--max_train_steps", type=int, default=5000)
     parser.add_argument("--train_batch_size", type=int, default=32)
     parser.add_argument(
-        "--text_encoder_steps", type=int, default=8000, help="of the text encoder alone, first; 0: it knows already"
+        "--text_encoder_steps", type=int, help="of the text encoder alone, first; default 8000, or 0 if it learns on"
     )
     parser.add_argument("--learning_rate", type=float, default=7e-4, help="of the U-Net")
     parser.add_argument("--text_encoder_learning_rate", type=float, default=3e-4, help="beside the U-Net")
@@ -324,6 +324,8 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true", help="continue from the state beside --output_dir")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if (args.continue_from is None) == (args.vae is None or args.tokenizer is None):
+    if args.continue_from is None and (args.vae is None or args.tokenizer is None):
         parser.error("expected --vae and --tokenizer, or --continue_from")
+    if args.text_encoder_steps is None:
+        args.text_encoder_steps = 0 if args.continue_from else 8000
     main(args)

@@ -92,7 +92,9 @@ def training_step(vae: AutoencoderKL, images: torch.Tensor, others: torch.Tensor
 def pairs_of_backgrounds(drawings: list[list[int]], batch_size: int, generator: torch.Generator) -> torch.Tensor:
     """(2, B) rows of the data: of each of B random drawings, two on random backgrounds."""
     chosen = torch.randint(len(drawings), (batch_size,), generator=generator).tolist()
-    pairs = [[drawings[i][k % len(drawings[i])] for k in torch.randint(2**31, (2,), generator=generator)] for i in chosen]
+    pairs = [
+        [drawings[i][k % len(drawings[i])] for k in torch.randint(2**31, (2,), generator=generator)] for i in chosen
+    ]
     return torch.tensor(pairs).T
 
 
