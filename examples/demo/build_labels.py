@@ -182,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--train_images", type=int, default=8000, help="two rows each")
+    parser.add_argument("--train_images", type=int, default=24000, help="two rows each")
     parser.add_argument("--undistorted", type=float, default=0.35, help="share of images left as they are")
     parser.add_argument("--seed", type=int, default=0)
     try:
