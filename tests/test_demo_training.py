@@ -73,6 +73,26 @@ def test_latents_between_two_others_cost_nothing():
     torch.testing.assert_close(script.affine_loss(3 * away, (3 * start, 3 * end), share), loss)
 
 
+def test_the_vaes_loss_counts_noise_and_bent_latents():
+    script = load_script("train_vae")
+    torch.manual_seed(0)
+    vae, images = script.new_vae(), torch.rand(2, 3, 64, 64)
+    others, share = images.flip(0), torch.full((2, 1, 1, 1), 0.5)
+
+    def loss(**weights):
+        torch.manual_seed(0)
+        settings = Namespace(**{"kl_weight": 0.0, "latent_noise": 0.0, "affine_weight": 0.0} | weights)
+        return script.training_step(vae, images, others, share, settings)
+
+    with torch.no_grad():
+        plain = loss()
+        assert loss(affine_weight=2.0) > plain + 0.01
+        assert loss(latent_noise=1.0) > plain + 0.01
+        torch.testing.assert_close(loss(affine_weight=2.0) - plain, 2 * (loss(affine_weight=1.0) - plain))
+    loss(affine_weight=2.0, latent_noise=0.2).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
+
+
 def test_pairs_are_of_one_drawing():
     drawings = [[0, 3, 5], [1, 2, 4, 6]]
     pairs = load_script("train_vae").pairs_of_backgrounds(drawings, 100, torch.Generator().manual_seed(0))
