@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from build_labels import damage, ratings
 from captions import ATTRIBUTES, caption, made_up_word
+from captions import TEMPLATES as DEMO_TEMPLATES
 from datasets import load_dataset
 from diffusers.optimization import get_scheduler
 from open_clip.model import CLIP
@@ -44,6 +45,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from acpo_utils.data import tokenize
 from acpo_utils.distortions import DISTORTIONS
 
 
@@ -60,13 +62,7 @@ def training_step(model: CLIP, images: torch.Tensor, tokens: torch.Tensor, true_
 
 
 DATA = Path(__file__).parent / "data"
-TEMPLATES = {
-    "{a_content}, {style} style, on {a_background} background": 6,
-    "{a_content} in {style} style on {a_background} background": 3,
-    "{style} style {content}, {background} background": 2,
-    "{a_content} on {a_background} background": 2,
-    "{a_content}, {style} style": 2,
-    "{a_content}": 2,
+TEMPLATES = dict(zip(DEMO_TEMPLATES, (6, 3, 2, 2, 2, 2))) | {
     "{style} style, {background} background": 1,
     "{a_background} background": 1,
     "{style} style": 1,
@@ -253,10 +249,6 @@ def parameter_groups(model: CLIP) -> list[dict]:
 
 def batched(items: list, size: int = 256) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from train_pipeline import DATA, encode_images
 from train_vae import reconstruction_loss, to_float
 
+from acpo_utils.data import tokenize
 from acpo_utils.late_step import predict_original_sample
 
 
@@ -41,9 +42,7 @@ def main(args: argparse.Namespace) -> None:
     vae, scale = pipeline.vae.to(memory_format=torch.channels_last), pipeline.vae.config.scaling_factor
     dataset = load_dataset("parquet", data_files=str(DATA / "train.parquet"), split="train")
     images = torch.stack([pil_to_tensor(image) for image in dataset["image"]])  # (N, 3, 64, 64) uint8
-    input_ids = pipeline.tokenizer(
-        dataset["text"][:], padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    input_ids = tokenize(pipeline.tokenizer, dataset["text"][:])
     latents = encode_images(vae, dataset["image"][:])
 
     trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]

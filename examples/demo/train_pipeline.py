@@ -39,6 +39,7 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from acpo_utils.data import tokenize
 from acpo_utils.ema import ema_weights
 
 
@@ -109,10 +110,6 @@ def tokenize_captions(tokenizer: CLIPTokenizer, rows: list[dict[str, str]]) -> t
     """(N, templates, tokens): what can be said of each image."""
     texts = [caption(row, template) for row in rows for template in TEMPLATES]
     return tokenize(tokenizer, texts).view(len(rows), len(TEMPLATES), -1)
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def draw_captions(input_ids: torch.Tensor, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -221,12 +218,15 @@ def main(args: argparse.Namespace) -> None:
     dataset = load_dataset("parquet", data_files=files)
     if args.continue_from:
         pipeline = StableDiffusionPipeline.from_pretrained(args.continue_from, dtype=torch.float32)
-        tokenizer, text_encoder, unet = pipeline.tokenizer, pipeline.text_encoder, pipeline.unet
+        tokenizer, text_encoder, vae, unet = (
+            pipeline.components[name] for name in ("tokenizer", "text_encoder", "vae", "unet")
+        )
     else:
         tokenizer = CLIPTokenizer.from_pretrained(args.tokenizer)
         text_encoder = new_text_encoder(tokenizer)
         unet = new_unet(text_encoder.config.hidden_size)
-    vae = AutoencoderKL.from_pretrained(args.vae or args.continue_from / "vae", dtype=torch.float32)
+    if args.vae:
+        vae = AutoencoderKL.from_pretrained(args.vae)
     vae.eval().requires_grad_(False).to(accelerator.device)
     text_encoder.train().to(accelerator.device)
     unet.train().to(memory_format=torch.channels_last)

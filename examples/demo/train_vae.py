@@ -77,7 +77,9 @@ def affine_loss(between: torch.Tensor, ends: tuple[torch.Tensor, torch.Tensor], 
     return F.mse_loss(between, torch.lerp(*ends, share)) / between.var()
 
 
-def training_step(vae: AutoencoderKL, images: torch.Tensor, others: torch.Tensor, share: torch.Tensor, args):
+def training_step(
+    vae: AutoencoderKL, images: torch.Tensor, others: torch.Tensor, share: torch.Tensor, args: argparse.Namespace
+) -> torch.Tensor:
     """images and others (B, 3, 64, 64): the same drawings on two backgrounds; share (B, 1, 1, 1): how far between."""
     pixel_values = torch.lerp(images, others, share)  # the drawing on the colour between
     posterior = vae.encode(torch.cat([pixel_values, images, others])).latent_dist
@@ -110,9 +112,10 @@ def main(args: argparse.Namespace) -> None:
     images = {
         split: torch.stack([pil_to_tensor(image) for image in dataset[split]["image"]]) for split in dataset
     }  # (N, 3, 64, 64) uint8
-    drawings = defaultdict(list)
+    rows_of = defaultdict(list)
     for row, drawing in enumerate(zip(dataset["train"]["content"], dataset["train"]["style"])):
-        drawings[drawing].append(row)
+        rows_of[drawing].append(row)
+    drawings = list(rows_of.values())
     vae = AutoencoderKL.from_pretrained(args.continue_from) if args.continue_from else new_vae()
     vae = vae.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=1e-4)
@@ -121,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
     progress = tqdm(range(args.max_train_steps), mininterval=30)
     start = time.time()
     for step in progress:
-        pair = pairs_of_backgrounds(list(drawings.values()), args.train_batch_size, generator)
+        pair = pairs_of_backgrounds(drawings, args.train_batch_size, generator)
         # A third of the images are the data's own, the others on colours between two of its backgrounds.
         share = (torch.rand(args.train_batch_size, 1, 1, 1, generator=generator) * 1.5 - 0.5).clamp(min=0)
         loss = training_step(vae, *(to_float(images["train"][rows]) for rows in pair), share, args)
