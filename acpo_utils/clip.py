@@ -1,6 +1,7 @@
 """open_clip models for evaluators: built from a configuration alone, or loaded with weights and tokenizer."""
 
 import copy
+import inspect
 import json
 import os
 import warnings
@@ -67,13 +68,18 @@ def warn_of_truncation(texts: list[str], counts: list[int], context_length: int)
 
 
 def resolve_layers(visual: torch.nn.Module, layers: list[int] | None) -> list[int]:
-    """Ascending, non-negative layer numbers; by default four, evenly spaced, ending with the last."""
-    inner = getattr(visual, "transformer", None) or getattr(visual, "trunk", None)
-    blocks = getattr(inner, "resblocks", None) or getattr(inner, "blocks", None)
+    """Ascending, non-negative numbers of a transformer's blocks or a convolutional trunk's stages; by default four,
+    evenly spaced, ending with the last. Raises ValueError for a number that the image tower does not have, and for a
+    tower without such layers."""
+    transformer, trunk = getattr(visual, "transformer", None), getattr(visual, "trunk", None)
+    blocks = getattr(transformer, "resblocks", None)
+    if hasattr(trunk, "forward_intermediates"):
+        blocks = trunk.feature_info  # of timm, one for each
     if blocks is None:
         raise ValueError(
-            "head 'alignment_structure' needs a vision transformer (eq. 2 compares patch tokens with a global token), "
-            f"found {type(visual).__name__}. Use head 'prompt_levels' or another CLIP."
+            "head 'alignment_structure' needs the outputs of layers inside the image tower (eq. 2), as vision "
+            "transformers and timm's convolutional networks give them, "
+            f"found {type(visual if trunk is None else trunk).__name__}. Use head 'prompt_levels' or another CLIP."
         )
     depth = len(blocks)
     if layers is None:
@@ -81,6 +87,11 @@ def resolve_layers(visual: torch.nn.Module, layers: list[int] | None) -> list[in
     if not layers or not all(-depth <= layer < depth for layer in layers):
         raise ValueError(f"structure_layers: expected numbers from {-depth} to {depth - 1}, found {list(layers)}.")
     return sorted({layer % depth for layer in layers})
+
+
+def gives_tokens(trunk: torch.nn.Module) -> bool:
+    """Whether an image network of timm gives patch and prefix tokens of its layers, or else maps (B, C, h, w)."""
+    return "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
 
 
 def load_open_clip(clip_model: str, clip_pretrained: str | None = None) -> tuple[torch.nn.Module, dict, object, dict]:

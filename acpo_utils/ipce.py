@@ -13,6 +13,7 @@ from acpo_utils.checkpoints import load_strictly
 from acpo_utils.clip import (
     build_clip,
     build_tokenizer,
+    gives_tokens,
     load_open_clip,
     resolve_layers,
     token_counts,
@@ -42,7 +43,8 @@ class IPCE(ModelMixin, ConfigMixin):
     Args:
         clip_config: open_clip model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...).
         head: `alignment_structure` or `prompt_levels`.
-        structure_layers: vision layers of eq. 2, counted from 0, negative from the end; None: four, evenly spaced.
+        structure_layers: vision layers of eq. 2 (stages, of a tower that gives maps), counted from 0, negative from the end;
+            None: four, evenly spaced.
         num_crops: evenly spaced local crops of `prompt_levels`; published: 15 (8 random ones in training).
         crop_resolution: images with a shorter side below this are enlarged before cropping; published: 512 for a CLIP
             of 224 px, and None scales that to other input sizes.
@@ -93,6 +95,7 @@ class IPCE(ModelMixin, ConfigMixin):
             layers = resolve_layers(self.clip.visual, structure_layers)
             trunk = getattr(self.clip.visual, "trunk", None)  # of timm, where a first token may also be a register
             self.has_class_token = trunk is None or getattr(trunk, "cls_token", None) is not None
+            self.gives_maps = trunk is not None and not gives_tokens(trunk)
             self.register_to_config(structure_layers=layers)
             self.layer_logits = torch.nn.Parameter(torch.zeros(len(layers)))  # w_l = softmax(layer_logits)
             self.a = torch.nn.Parameter(torch.tensor(10.0))
@@ -152,26 +155,29 @@ class IPCE(ModelMixin, ConfigMixin):
 
     def similarities(self, whole: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """`s_align` (B,) of eq. 1 and `s_struct` (B,) of eq. 2, both in [-1, 1]; head `alignment_structure` only."""
-        output = self.clip.visual.forward_intermediates(
-            self._normalise(whole),
-            indices=list(self.config.structure_layers),
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
+        output = self._image_features(whole)
         f_image = F.normalize(output["image_features"].float(), dim=-1)  # (B, D)
         f_text = self._encode_text(prompts)  # (B, D)
         s_align = (f_image * f_text).sum(-1)  # eq. 1, (B,)
 
         agreement = []
-        for layer, patches in enumerate(output["image_intermediates"]):  # (B, P, C)
+        for layer, patches in enumerate(output["image_intermediates"]):
+            if self.gives_maps:
+                patches = patches.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, P, C)
             if self.has_class_token:
                 token = output["image_intermediates_prefix"][layer][:, :1]  # (B, 1, C)
-            else:  # SigLIP has none: the mean token is what stands for the whole image there
+            else:  # SigLIP and convolutional towers have none: the mean token stands for the whole image there
                 token = patches.mean(1, keepdim=True)
             agreement.append(F.cosine_similarity(patches.float(), token.float(), dim=-1).mean(1))  # (B,)
         weights = self.layer_logits.softmax(0)  # w_l, summing to 1
         s_struct = (weights * torch.stack(agreement, dim=-1)).sum(-1)  # eq. 2, (B,)
         return s_align, s_struct
+
+    def _image_features(self, whole: torch.Tensor) -> dict:
+        """open_clip's `image_features` (B, D) and, of the structure layers, `image_intermediates`."""
+        tokens = {} if self.gives_maps else {"output_fmt": "NLC", "output_extra_tokens": True}
+        layers = list(self.config.structure_layers)
+        return self.clip.visual.forward_intermediates(self._normalise(whole), indices=layers, **tokens)
 
     def _prompt_levels(self, whole: torch.Tensor, crops: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Published IPCE: E = sum(i p_i), i = 1..5; 0-5 score (E - 1) / 4 * 5, here without the factor 5."""

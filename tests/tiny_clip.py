@@ -32,17 +32,24 @@ def build_tokenizer(folder: Path) -> int:
     return len(fast)
 
 
-def build_clip_folder(folder: Path, seed: int = 0, bundled_tokenizer: bool = False) -> Path:
-    """An open_clip "local-dir" folder: 16 px images in patches of 4, three vision layers, 48 tokens of context."""
+VISION = {"image_size": 16, "patch_size": 4, "width": 32, "layers": 3, "head_width": 16}
+
+
+def build_clip_folder(folder: Path, seed: int = 0, bundled_tokenizer: bool = False, vision: dict = VISION) -> Path:
+    """An open_clip "local-dir" folder; 16 px images in patches of 4, three vision layers, 48 tokens of context."""
     folder.mkdir(parents=True, exist_ok=True)
     text = {"context_length": 48, "width": 16, "heads": 2, "layers": 1, "vocab_size": 49408}
     if not bundled_tokenizer:
         text |= {"vocab_size": build_tokenizer(folder), "hf_tokenizer_name": "local", "tokenizer_kwargs": {}}
-    vision = {"image_size": 16, "patch_size": 4, "width": 32, "layers": 3, "head_width": 16}
     config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
     torch.manual_seed(seed)
     model = CLIP(**config)
-    preprocess = {"size": [16, 16], "mean": [0.4, 0.5, 0.6], "std": [0.3, 0.25, 0.2], "interpolation": "bicubic"}
+    preprocess = {
+        "size": 2 * [vision["image_size"]],
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.3, 0.25, 0.2],
+        "interpolation": "bicubic",
+    }
     save_file(
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
         folder / "open_clip_model.safetensors",
