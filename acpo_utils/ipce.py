@@ -218,9 +218,9 @@ class IPCE(ModelMixin, ConfigMixin):
         if unknown := [text for text in dict.fromkeys(texts) if text not in self._text_cache]:
             # Outside inference mode: what is kept may be used in a graph later.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                tokens = self._tokenize(unknown).to(device)
-                features = F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
-            self._text_cache |= dict(zip(unknown, features))
+                for text in unknown:  # alone: a batch rounds by its size, and a resumed run has others new to it
+                    features = self.clip.encode_text(self._tokenize([text]).to(device))[0]
+                    self._text_cache[text] = F.normalize(features.float(), dim=-1)
         return torch.stack([self._text_cache[text] for text in texts])
 
     def _tokenize(self, texts: list[str]) -> torch.Tensor:

@@ -121,12 +121,12 @@ class CLIPMetric(torch.nn.Module):
                 counts = [len(ids) for ids in self.tokenizer(unknown, verbose=False).input_ids]
                 self._warned_of_truncation = warn_of_truncation(unknown, counts, self.context_length)
             settings = {"padding": True, "truncation": True, "max_length": self.context_length}
-            tokens = self.tokenizer(unknown, return_tensors="pt", **settings).to(device)
             # Outside inference mode: what is kept may be used in a graph later.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                features = self.model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
-                features = F.normalize(features.float(), dim=-1)
-            self._text_cache |= dict(zip(unknown, features))
+                for text in unknown:  # alone: a batch rounds by its size, and a resumed run has others new to it
+                    tokens = self.tokenizer([text], return_tensors="pt", **settings).to(device)
+                    features = self.model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output[0]
+                    self._text_cache[text] = F.normalize(features.float(), dim=-1)
         return torch.stack([self._text_cache[text] for text in texts]).to(device)
 
 
