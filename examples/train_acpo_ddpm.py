@@ -36,20 +36,16 @@ from tqdm.auto import tqdm
 
 from acpo_utils import comparison
 from acpo_utils.anchor import base_prediction, without_adapter
-from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint, save_checkpoint
+from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint
 from acpo_utils.data import check_images
 from acpo_utils.ddpm import SAMPLERS, build_pipeline, load_ddpm, new_unet, save_ddpm, usage_example
 from acpo_utils.ema import ema_weights, register_ema_hooks
 from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
 from acpo_utils.hub import push_to_hub, save_model_card
-from acpo_utils.late_step import (
-    denoise_late_steps,
-    late_window,
-    rollout_late_samples,
-    sample_late_timesteps,
-)
+from acpo_utils.late_step import denoise_late_steps, late_window, rollout_late_samples, sample_late_timesteps
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.seeds import step_generator
+from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.threads import use_all_cpus
 from acpo_utils.unconditional_images import (
     UnconditionalImages,
@@ -460,8 +456,9 @@ def main(args):
         f"steps {first_step}..{args.max_train_steps}, {steps_per_epoch} in an epoch"
     )
     if args.anchor_weight or args.quality_weight:
-        schedule = f"the last {args.last_steps} of {args.ddpm_num_inference_steps} sampling steps"
-        logger.info(f"  late window: t < {args.tmax}, {schedule}")
+        logger.info(
+            f"  late window: t < {args.tmax}, {args.last_steps} of {args.ddpm_num_inference_steps} sampling steps"
+        )
     progress = tqdm(
         range(first_step, args.max_train_steps),
         initial=first_step,
@@ -469,6 +466,7 @@ def main(args):
         disable=not accelerator.is_local_main_process,
     )
     skipped_steps = skipped_in_a_row = 0
+    catch_sigterm(accelerator)
     for step in progress:
         for micro_step in range(args.gradient_accumulation_steps):
             batch = {name: tensor.to(accelerator.device) for name, tensor in next(batches).items()}
@@ -496,15 +494,13 @@ def main(args):
             )
         # Of several guides each one's own score too.
         terms |= {f"score_{name}": score for name, score in getattr(evaluator, "last_scores", {}).items()}
-        logs = {name: term.item() for name, term in terms.items()} | {
-            "grad_norm": grad_norm,
-            "lr": lr_scheduler.get_last_lr()[0],
-        }
+        logs = {name: term.item() for name, term in terms.items()}
+        logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
         accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step + 1)
         progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
 
-        if (step + 1) % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args.output_dir, step + 1, args.checkpoints_total_limit)
+        due = (step + 1) % args.checkpointing_steps == 0
+        checkpoint_or_stop(accelerator, args.output_dir, step + 1, due, args.checkpoints_total_limit)
         epoch, rest = divmod(step + 1, steps_per_epoch)
         if rest == 0 and step + 1 < args.max_train_steps and accelerator.is_main_process:
             unet.eval()
@@ -520,6 +516,7 @@ def main(args):
                     save_model(accelerator.unwrap_model(unet), noise_scheduler, args)
             unet.train(args.scratch)
 
+    release_sigterm()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         unet = accelerator.unwrap_model(unet).eval()

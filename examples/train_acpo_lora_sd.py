@@ -38,7 +38,6 @@ from acpo_utils.checkpoints import (
     load_lora,
     read_lora_config,
     register_lora_hooks,
-    save_checkpoint,
     save_lora,
 )
 from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images
@@ -49,6 +48,7 @@ from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_lat
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.prompts import Prompts, read_prompts
 from acpo_utils.seeds import step_generator
+from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.statistics import paired_comparison
 from acpo_utils.threads import use_all_cpus
 
@@ -484,6 +484,7 @@ def main(args):
         disable=not accelerator.is_local_main_process,
     )
     skipped_steps = skipped_in_a_row = 0
+    catch_sigterm(accelerator)
     for step in progress:
         for micro_step in range(args.gradient_accumulation_steps):
             generator = step_generator(args.seed, step, micro_step, accelerator.process_index)
@@ -510,15 +511,13 @@ def main(args):
             )
         # Of several guides each one's own score too.
         terms |= {f"score_{name}": score for name, score in getattr(evaluator, "last_scores", {}).items()}
-        logs = {name: term.item() for name, term in terms.items()} | {
-            "grad_norm": grad_norm,
-            "lr": lr_scheduler.get_last_lr()[0],
-        }
+        logs = {name: term.item() for name, term in terms.items()}
+        logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
         accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step + 1)
         progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
 
-        if (step + 1) % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args.output_dir, step + 1, args.checkpoints_total_limit)
+        due = (step + 1) % args.checkpointing_steps == 0
+        checkpoint_or_stop(accelerator, args.output_dir, step + 1, due, args.checkpoints_total_limit)
         if args.validation_prompt and (step + 1) % args.validation_steps == 0 and accelerator.is_main_process:
             pipeline = build_pipeline(accelerator.unwrap_model(unet), vae, text_encoder, tokenizer, noise_scheduler)
             images = sample(pipeline, [args.validation_prompt] * args.num_validation_images, "validation", args)
@@ -527,6 +526,7 @@ def main(args):
                 save_image(images, temporary)
             vae.to(torch.float32)  # the pipeline samples in the U-Net's precision, the loss decodes in fp32
 
+    release_sigterm()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         unet = accelerator.unwrap_model(unet)

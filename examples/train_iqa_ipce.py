@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from acpo_utils.agreement import Best, agreement, copy_evaluator, save_evaluator
-from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint, save_checkpoint
+from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint
 from acpo_utils.data import to_rgb
 from acpo_utils.evaluators import IPCE
 from acpo_utils.hub import push_to_hub, save_model_card
@@ -36,6 +36,7 @@ from acpo_utils.rated_images import load_rated_images
 from acpo_utils.rating_reports import agreement_table, matched_above_mismatched, save_scatter
 from acpo_utils.rating_sets import TARGETS
 from acpo_utils.seeds import EpochOrder, step_generator
+from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.stages import ScoreMaps, Stage, check_stage, read_stages, to_scale, value_per_stage
 
 
@@ -427,6 +428,7 @@ def train_stage(number, stage, start, end, checkpoint, best, accelerator, args):
     )
     progress = tqdm(total=end, initial=step, disable=not accelerator.is_local_main_process)
     skipped_steps, skipped_in_a_row = 0, 0
+    catch_sigterm(accelerator)
     model.train()
     for batch in loader:
         with accelerator.accumulate(model, *([maps] if args.stages else [])):
@@ -474,8 +476,9 @@ def train_stage(number, stage, start, end, checkpoint, best, accelerator, args):
                     dtype = torch.float16 if args.weight_dtype == "fp16" else None
                     save_evaluator(accelerator.unwrap_model(model), best_folder(number, args), dtype=dtype)
             model.train()
-        if step % args.checkpointing_steps == 0 or step == end:
-            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+        due = step % args.checkpointing_steps == 0 or step == end
+        checkpoint_or_stop(accelerator, args.output_dir, step, due, args.checkpoints_total_limit)
+    release_sigterm()
     progress.close()
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # the next stage has an optimizer, and a schedule, of its own

@@ -16,13 +16,17 @@ REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "examples" / "train_acpo_lora_sd.py"
 
 
-def launch(*flags, script=SCRIPT, cwd=None, code=0, num_processes=1) -> str:
+def launch_command(*flags, script=SCRIPT, num_processes=1) -> tuple[list[str], dict[str, str]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     # With --cpu the launcher starts one process whatever --num_processes says; with --multi_gpu it starts them all.
     processes = ["--multi_gpu", "--main_process_port", "29625"] if num_processes > 1 else ["--cpu"]
     command += ["--dynamo_backend", "no", *processes, "--num_processes", str(num_processes), str(script)]
-    command += map(str, flags)
+    return command + list(map(str, flags)), environment
+
+
+def launch(*flags, script=SCRIPT, cwd=None, code=0, num_processes=1) -> str:
+    command, environment = launch_command(*flags, script=script, num_processes=num_processes)
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
     output = run.stdout + run.stderr
     assert (run.returncode == 0) == (code == 0), output[-4000:]
