@@ -83,13 +83,19 @@ def load_guide(specs: Sequence[str], weights: Sequence[float] | None = None, dev
     weights = guide_weights(specs, weights)
     if len(specs) == 1:
         return load_evaluator(specs[0], device)
-    evaluators = {}
+    evaluators = {name: load_evaluator(spec, device) for name, spec in named_specs(specs).items()}
+    return WeightedEvaluators(evaluators, weights)
+
+
+def named_specs(specs: Sequence[str]) -> dict[str, str]:
+    """`specs` by short names that differ, fit for the tags of trackers."""
+    named = {}
     for spec in specs:
         kind, _, rest = spec.partition(":")
-        name = re.sub(r"[^-\w.]+", "-", f"{kind}-{Path(rest).name}" if rest else Path(spec).name)  # for trackers' tags
+        name = re.sub(r"[^-\w.]+", "-", f"{kind}-{Path(rest).name}" if rest else Path(spec).name)
         numbered = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
-        evaluators[next(name for name in numbered if name not in evaluators)] = load_evaluator(spec, device)
-    return WeightedEvaluators(evaluators, weights)
+        named[next(name for name in numbered if name not in named)] = spec
+    return named
 
 
 def guide_parts(guide) -> dict[str, object]:

@@ -27,6 +27,12 @@ image = pipeline("a prompt").images[0]
 """
 
 
+def settings_of(args) -> dict:
+    """What was set, for the tracker and the model card; never the token. TensorBoard takes no lists."""
+    settings = {k: v for k, v in vars(args).items() if v is not None and k != "hub_token"}
+    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in settings.items()}
+
+
 def save_model_card(
     output_dir: str | Path,
     *,

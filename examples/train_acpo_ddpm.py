@@ -41,12 +41,13 @@ from acpo_utils.data import check_images
 from acpo_utils.ddpm import SAMPLERS, build_pipeline, load_ddpm, new_unet, save_ddpm, usage_example
 from acpo_utils.ema import ema_weights, register_ema_hooks
 from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
-from acpo_utils.hub import push_to_hub, save_model_card
+from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.late_step import denoise_late_steps, late_window, rollout_late_samples, sample_late_timesteps
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.seeds import step_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.threads import use_all_cpus
+from acpo_utils.trackers import log_images
 from acpo_utils.unconditional_images import (
     UnconditionalImages,
     hold_out,
@@ -287,12 +288,6 @@ def check_args(parser, args):
     args.lora_alpha = args.lora_alpha or args.rank
 
 
-def settings_of(args):
-    """What was set, for the tracker and the model card; never the token. TensorBoard takes no lists."""
-    settings = {k: v for k, v in vars(args).items() if v is not None and k != "hub_token"}
-    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in settings.items()}
-
-
 def load_data(args):
     """Training images, and held-out ones (or None): files that exist and can be read, all of them."""
     where = {"image_column": args.image_column, "cache_dir": args.cache_dir, "seed": args.seed}
@@ -335,14 +330,6 @@ def add_lora(unet, args):
         return get_peft_model(unet, config)
     except ValueError as error:
         raise ValueError(f"--lora_target_modules {args.lora_target_modules}: {str(error).splitlines()[0]}") from error
-
-
-def log_images(accelerator, name, images, step):
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_images(name, images.numpy(), step)
-        if tracker.name == "wandb":
-            tracker.log_images({name: [image.permute(1, 2, 0).numpy() for image in images]}, step=step)
 
 
 def main(args):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -43,7 +43,8 @@ from acpo_utils.checkpoints import (
 from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images
 from acpo_utils.drift import prediction_drift
 from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
-from acpo_utils.hub import push_to_hub, save_model_card
+from acpo_utils.hacking import HackingAlarm, load_judges
+from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_late_latents, sample_late_timesteps
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.prompts import Prompts, read_prompts
@@ -51,6 +52,7 @@ from acpo_utils.seeds import step_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.statistics import paired_comparison
 from acpo_utils.threads import use_all_cpus
+from acpo_utils.trackers import log_images
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -152,7 +154,7 @@ def parse_args():
     add("--variant")
     add("--evaluator", action="append", help="the frozen guide Q: ipce:PATH or docs/evaluators.md; again for several")
     add("--evaluator_weight", action="append", type=float, help="one for each of several guides; equal by default")
-    add("--judge", help="folder of a judge for the final table that guides nothing (examples/demo/judge)")
+    add("--judge", action="append", help="guides nothing: judge:PATH or as --evaluator; again for several")
     add("--lora_path", help="continue from this saved LoRA with a new optimizer; this is not resume")
     # Data
     add("--dataset_name", help="hub data set with an image and a caption column")
@@ -204,6 +206,8 @@ def parse_args():
     add("--allow_tf32", action="store_true")
     # Validation and final comparison
     add("--validation_prompt", help="sampled every --validation_steps")
+    add("--num_validation_prompts", type=int, default=32, help="of --eval_prompts, base beside LoRA then; 0: off")
+    add("--on_hacking", choices=["warn", "stop", "keep_best"], default="warn", help="the guide rises, a judge falls")
     add("--num_validation_images", type=int, default=4)
     add("--validation_steps", type=int, default=100)
     add("--eval_prompts", help="held-out prompts for the final table: .txt, .csv, .jsonl or .parquet")
@@ -230,9 +234,9 @@ def parse_args():
             parser.error(
                 f"no --pretrained_model_name_or_path, and the demo is not at {DEMO_DIR}: name a model, or clone the repository"
             )
-        parser.set_defaults(**DEMO | {"evaluator": None})  # what is given would be appended to the demo's own
+        parser.set_defaults(**DEMO | {"evaluator": None, "judge": None})  # what is given would be appended to them
         args = parser.parse_args(namespace=argparse.Namespace(demo=True))
-        args.evaluator = args.evaluator or [DEMO["evaluator"]]
+        args.evaluator, args.judge = args.evaluator or [DEMO["evaluator"]], args.judge or [DEMO["judge"]]
     args.lora_alpha = args.lora_alpha or args.rank
 
     # What can be said without loading anything is said now.
@@ -259,12 +263,6 @@ def parse_args():
     if args.push_to_hub and args.report_to == "wandb" and args.hub_token:
         parser.error("--hub_token would be logged by wandb: use `hf auth login` instead")
     return args
-
-
-def settings_of(args):
-    """What was set, for the tracker and the model card; never the token. TensorBoard takes no lists."""
-    settings = {k: v for k, v in vars(args).items() if v is not None and k != "hub_token"}
-    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in settings.items()}
 
 
 def load_models(args, weight_dtype, device):
@@ -331,14 +329,6 @@ def build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler):
     return pipeline
 
 
-def log_images(accelerator, name, images, step):
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_images(name, images.numpy(), step)
-        if tracker.name == "wandb":
-            tracker.log_images({name: [image.permute(1, 2, 0).numpy() for image in images]}, step=step)
-
-
 def main(args):
     logging_dir = Path(args.output_dir, args.logging_dir)
     accelerator = Accelerator(
@@ -388,13 +378,10 @@ def main(args):
         with accelerator.main_process_first():
             dataset = check_images(dataset, args.image_column, args.skip_bad_images)
     eval_prompts = read_prompts(args.eval_prompts)[: args.num_eval_prompts] if args.eval_prompts else []
-    evaluator = judge = None
+    evaluator = None
     if args.evaluator:  # with --quality_weight 0 it is for the final table alone
         evaluator = load_guide(args.evaluator, args.evaluator_weight, accelerator.device)
-    if args.judge:
-        from acpo_utils.judge import load_judge
-
-        judge = load_judge(args.judge)
+    judges = load_judges(args.judge or [], accelerator.device)
 
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     noise_scheduler, tokenizer, text_encoder, vae, unet = load_models(args, weight_dtype, accelerator.device)
@@ -418,6 +405,12 @@ def main(args):
     )
     unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     register_lora_hooks(accelerator, unet)
+    alarm, validation_prompts = None, eval_prompts[: args.num_validation_prompts]
+    if evaluator and len(validation_prompts) > 1:
+        scorers, keep_best = (evaluator, judges, accelerator.device), args.on_hacking == "keep_best"
+        sample_fixed = partial(sample, description="validation", args=args)
+        alarm = HackingAlarm(validation_prompts, sample_fixed, *scorers, args.output_dir, keep_best)
+        accelerator.register_for_checkpointing(alarm)
 
     # Sample n of the run is a function of (seed, n) alone, so resuming means to start counting at n.
     first_step = 0
@@ -516,24 +509,28 @@ def main(args):
         accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step + 1)
         progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
 
+        if (step + 1) % args.validation_steps == 0 and (args.validation_prompt or alarm):
+            hacked = [False]
+            if accelerator.is_main_process:
+                parts = (accelerator.unwrap_model(unet), vae, text_encoder, tokenizer, noise_scheduler)
+                hacked = [validate(build_pipeline(*parts), alarm, accelerator, step + 1, args)]
+                vae.to(torch.float32)  # the pipeline samples in the U-Net's precision, the loss decodes in fp32
+            if broadcast_object_list(hacked)[0] and args.on_hacking != "warn":
+                break
         due = (step + 1) % args.checkpointing_steps == 0
         checkpoint_or_stop(accelerator, args.output_dir, step + 1, due, args.checkpoints_total_limit)
-        if args.validation_prompt and (step + 1) % args.validation_steps == 0 and accelerator.is_main_process:
-            pipeline = build_pipeline(accelerator.unwrap_model(unet), vae, text_encoder, tokenizer, noise_scheduler)
-            images = sample(pipeline, [args.validation_prompt] * args.num_validation_images, "validation", args)
-            log_images(accelerator, "validation", images, step + 1)
-            with atomic_write(Path(args.output_dir, "validation", f"step-{step + 1}.png")) as temporary:
-                save_image(images, temporary)
-            vae.to(torch.float32)  # the pipeline samples in the U-Net's precision, the loss decodes in fp32
 
     release_sigterm()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         unet = accelerator.unwrap_model(unet)
+        if alarm and alarm.rang and args.on_hacking == "keep_best":
+            alarm.restore_best(unet)
         save_lora(unet, args.output_dir)
         pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
-        scorers = guide_parts(evaluator) | {"judge": judge}
-        finish(pipeline, scorers, eval_prompts, skipped_steps, accelerator.device, args)
+        scorers = guide_parts(evaluator) | judges
+        events = {"skipped_steps": skipped_steps, "hacking_alarms": alarm.rang if alarm else {}}
+        finish(pipeline, scorers, eval_prompts, events, accelerator.device, args)
     accelerator.end_training()
 
 
@@ -543,7 +540,17 @@ def sample(pipeline, prompts, description, args):
     return comparison.sample_images(pipeline, prompts, *settings, description)
 
 
-def finish(pipeline, scorers, eval_prompts, skipped_steps, device, args):
+def validate(pipeline, alarm, accelerator, step, args):
+    """Pictures and scores while training; True if the guide is being deceived."""
+    if args.validation_prompt:
+        images = sample(pipeline, [args.validation_prompt] * args.num_validation_images, "validation", args)
+        log_images(accelerator, "validation", images, step)
+        with atomic_write(Path(args.output_dir, "validation", f"step-{step}.png")) as temporary:
+            save_image(images, temporary)
+    return alarm is not None and alarm.check(accelerator, pipeline, step)
+
+
+def finish(pipeline, scorers, eval_prompts, events, device, args):
     """Base against fine-tuned on held-out prompts: comparison.png, metrics.json, a printed table, the model card."""
     output_dir = Path(args.output_dir)
     prompts = eval_prompts or [args.validation_prompt] * args.num_validation_images * bool(args.validation_prompt)
@@ -562,7 +569,7 @@ def finish(pipeline, scorers, eval_prompts, skipped_steps, device, args):
         drift = prediction_drift(pipeline, base, prompts, args.seed, args.eval_batch_size)
         table = comparison.comparison_table(comparisons)
         table += f"\n\nDrift (eq. 7 on noised samples of the base model, all timesteps): {drift.mean():.3g}"
-        metrics = {"comparisons": comparisons, "num_prompts": len(prompts), "skipped_steps": skipped_steps}
+        metrics = {"comparisons": comparisons, "num_prompts": len(prompts)} | events
         metrics["sets"] = {"drift": [drift.mean().item(), drift.std().item() if len(drift) > 1 else 0.0]}
         with atomic_write(output_dir / "metrics.json") as temporary:
             temporary.write_text(json.dumps(metrics, indent=2))
