@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.torch_utils import randn_tensor
@@ -27,7 +26,6 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader, Subset
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from acpo_utils import comparison
 from acpo_utils.anchor import base_prediction
@@ -40,16 +38,24 @@ from acpo_utils.checkpoints import (
     register_lora_hooks,
     save_lora,
 )
-from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images
+from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images, tokenize
 from acpo_utils.drift import prediction_drift
 from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
 from acpo_utils.hacking import HackingAlarm, load_judges
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_late_latents, sample_late_timesteps
+from acpo_utils.latent_cache import CachedLatents
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.prompts import Prompts, read_prompts
 from acpo_utils.seeds import step_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
+from acpo_utils.stable_diffusion import (
+    build_pipeline,
+    encode_images,
+    encode_prompts,
+    load_stable_diffusion,
+    offload_encoders,
+)
 from acpo_utils.statistics import paired_comparison
 from acpo_utils.threads import use_all_cpus
 from acpo_utils.trackers import log_images
@@ -61,9 +67,9 @@ logger = get_logger(__name__, log_level="INFO")
 def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, generator, args):
     """L = L_diff + anchor_weight * L_anchor + quality_weight * L_quality (eq. 9). Returns the loss and its terms."""
     loss_diffusion = loss_anchor = loss_quality = scores = None
-    prompt_embeds = text_encoder(batch["input_ids"], return_dict=False)[0]  # (B, tokens, dim)  c
-    if "pixel_values" in batch:  # a rollout without L_diff needs prompts only
-        latents = encode_images(batch["pixel_values"], vae, generator).to(prompt_embeds.dtype)  # (B, 4, h, w)  x0
+    prompt_embeds = encode_prompts(batch, text_encoder)  # (B, tokens, dim)  c
+    if batch.keys() & {"pixel_values", "latent_moments"}:  # a rollout without L_diff needs prompts only
+        latents = encode_images(batch, vae, generator).to(prompt_embeds.dtype)  # (B, 4, h, w)  x0
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)  # (B, 4, h, w)  eps
 
     if args.anchor_weight or args.quality_weight or args.diffusion_timesteps == "late":
@@ -71,8 +77,10 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
             late_timesteps = sample_late_timesteps(len(latents), args.tmax, generator, latents.device)  # (B,)
             late_latents = noise_scheduler.add_noise(latents, noise, late_timesteps)  # (B, 4, h, w)  z_t
         else:  # z_t is the current model's own sample
-            negative_embeds = text_encoder(batch["empty_ids"], return_dict=False)[0]  # (1, tokens, dim)
-            embeds, window = (prompt_embeds, negative_embeds), (latents_shape(prompt_embeds, vae, args), args.tmax)
+            embeds, window = (
+                (prompt_embeds, batch["negative_embeds"]),
+                (latents_shape(prompt_embeds, vae, args), args.tmax),
+            )
             sampling = (args.num_inference_steps, args.guidance_scale, generator)
             late_latents, late_timesteps = rollout_late_latents(unet, noise_scheduler, *embeds, *window, *sampling)
         if args.anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
@@ -103,12 +111,6 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
     weights = (args.diffusion_weight, args.anchor_weight, args.quality_weight)
     loss, terms = acpo_objective(*losses, *weights)  # L (eq. 9)
     return loss, terms if scores is None else terms | {"score": scores.detach().mean()}
-
-
-@torch.no_grad()
-def encode_images(pixel_values, vae, generator):
-    """(B, 3, H, W) in [-1, 1] -> (B, 4, h, w) latents as the U-Net sees them."""
-    return vae.encode(pixel_values).latent_dist.sample(generator) * vae.config.scaling_factor
 
 
 def latents_shape(prompt_embeds, vae, args):
@@ -169,6 +171,7 @@ def parse_args():
     add("--resolution", type=int, default=512)
     add("--center_crop", action="store_true")
     add("--random_flip", action="store_true")
+    add("--cache_latents", action="store_true", help="encode once, kept in CACHE_DIR/latents or OUTPUT_DIR/latents")
     add("--dataloader_num_workers", type=int, default=0)
     # ACPO
     add("--tmax", type=int, default=100, help="upper end of the late window: quality and anchor act at t < tmax")
@@ -244,6 +247,8 @@ def parse_args():
         parser.error("need one of --dataset_name, --train_data_dir and --train_prompts")
     if args.train_prompts and (args.late_start == "data" or args.diffusion_weight):
         parser.error("--train_prompts has no images: it needs --late_start rollout and --diffusion_weight 0")
+    if args.cache_latents and (args.train_prompts or not args.center_crop):
+        parser.error("--cache_latents needs images and --center_crop: a random crop is another image every time")
     if args.quality_weight and args.evaluator is None:
         parser.error("--quality_weight above 0 needs an --evaluator, for example ipce:PATH (see train_iqa_ipce.py)")
     try:
@@ -266,23 +271,8 @@ def parse_args():
 
 
 def load_models(args, weight_dtype, device):
-    """The pipeline's parts, frozen; the VAE in fp32, since its decode is scored."""
-    source = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    try:
-        noise_scheduler = DDPMScheduler.from_pretrained(**source, subfolder="scheduler")
-        tokenizer = CLIPTokenizer.from_pretrained(**source, subfolder="tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(
-            **source, subfolder="text_encoder", variant=args.variant, dtype=weight_dtype
-        )
-        vae = AutoencoderKL.from_pretrained(**source, subfolder="vae", variant=args.variant)
-        unet = UNet2DConditionModel.from_pretrained(
-            **source, subfolder="unet", variant=args.variant, dtype=weight_dtype
-        )
-    except OSError as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path: expected a Stable Diffusion pipeline (hub id or folder), "
-            f"{args.pretrained_model_name_or_path!r} could not be loaded: {str(error).splitlines()[0]}"
-        ) from error
+    source = (args.pretrained_model_name_or_path, args.revision, args.variant)
+    noise_scheduler, tokenizer, text_encoder, vae, unet = load_stable_diffusion(*source, weight_dtype, device)
     total = noise_scheduler.config.num_train_timesteps
     if not 1 <= args.tmax <= total:
         raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {args.tmax}")
@@ -291,11 +281,6 @@ def load_models(args, weight_dtype, device):
         raise ValueError(
             f"--resolution must be a multiple of {multiple} for this VAE and U-Net, got {args.resolution}"
         )
-    for model in (text_encoder, vae, unet):
-        model.requires_grad_(False)
-        model.to(device)
-    for model in (vae, unet):
-        model.to(memory_format=torch.channels_last)
     return noise_scheduler, tokenizer, text_encoder, vae, unet
 
 
@@ -311,22 +296,6 @@ def add_lora(unet, args):
     if args.lora_path:
         load_lora(unet, args.lora_path)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
-
-
-def build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler):
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler.from_config(noise_scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    if unet.dtype != torch.float32:
-        pipeline.vae = vae.to(unet.dtype)
-    return pipeline
 
 
 def main(args):
@@ -423,17 +392,14 @@ def main(args):
     if args.train_prompts:
         train_set = Prompts(dataset, tokenizer, num_samples, args.seed)
     else:
-        train_set = CaptionedImages(
-            dataset,
-            tokenizer,
-            resolution=args.resolution,
-            center_crop=args.center_crop,
-            random_flip=args.random_flip,
-            image_column=args.image_column,
-            caption_column=args.caption_column,
-            seed=args.seed,
-            num_samples=num_samples,
-        )
+        options = {"num_samples": num_samples, "seed": args.seed, "random_flip": args.random_flip}
+        options |= {"image_column": args.image_column, "caption_column": args.caption_column}
+        if args.cache_latents:
+            folder = Path(args.cache_dir or args.output_dir, "latents")
+            train_set = CachedLatents(dataset, tokenizer, args.resolution, folder, dtype=weight_dtype, **options)
+            train_set.build(vae, text_encoder, accelerator)
+        else:
+            train_set = CaptionedImages(dataset, tokenizer, args.resolution, center_crop=args.center_crop, **options)
     own_samples = range(
         first_step * samples_per_step + accelerator.process_index, len(train_set), accelerator.num_processes
     )
@@ -446,21 +412,23 @@ def main(args):
             generator=torch.Generator().manual_seed(args.seed),
         )
     )
-    empty_ids = tokenizer("", padding="max_length", truncation=True, return_tensors="pt").input_ids.to(
-        accelerator.device
-    )
+    empty_ids = tokenize(tokenizer, [""]).to(accelerator.device)
+    negative_embeds = encode_prompts({"input_ids": empty_ids}, text_encoder)  # (1, tokens, dim)
+    if args.cache_latents:
+        offload_encoders(vae, text_encoder)
 
     def next_batch():
-        batch = next(batches) | {"empty_ids": empty_ids}
+        batch = next(batches) | {"negative_embeds": negative_embeds}
         return {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
     if args.quality_weight:
         probe = next(iter(DataLoader(train_set, batch_size=2, collate_fn=collate)))
-        latents = randn_tensor(
-            latents_shape(probe["prompts"], vae, args), step_generator(args.seed), accelerator.device
-        )
-        if "pixel_values" in probe:
-            latents = encode_images(probe["pixel_values"].to(accelerator.device), vae, step_generator(args.seed))
+        generator, on_device = step_generator(args.seed), accelerator.device
+        if args.train_prompts:
+            latents = randn_tensor(latents_shape(probe["prompts"], vae, args), generator, on_device)
+        else:
+            probe = {k: v.to(on_device) if isinstance(v, torch.Tensor) else v for k, v in probe.items()}
+            latents = encode_images(probe, vae, generator)
         with torch.no_grad():
             images = decode_latents(vae, latents)
         check_evaluator(evaluator, images, probe["prompts"])
@@ -515,6 +483,8 @@ def main(args):
                 parts = (accelerator.unwrap_model(unet), vae, text_encoder, tokenizer, noise_scheduler)
                 hacked = [validate(build_pipeline(*parts), alarm, accelerator, step + 1, args)]
                 vae.to(torch.float32)  # the pipeline samples in the U-Net's precision, the loss decodes in fp32
+                if args.cache_latents:
+                    offload_encoders(vae, text_encoder)
             if broadcast_object_list(hacked)[0] and args.on_hacking != "warn":
                 break
         due = (step + 1) % args.checkpointing_steps == 0

@@ -63,7 +63,7 @@ def world(tiny_pipeline, tiny_guide):
     batch = {
         "pixel_values": torch.rand(2, 3, 32, 48, generator=step_generator(0)) * 2 - 1,
         "input_ids": encode(prompts),
-        "empty_ids": encode([""]),
+        "negative_embeds": text_encoder(encode([""]), return_dict=False)[0],
         "prompts": prompts,
     }
 

@@ -1,0 +1,75 @@
+"""The parts of a Stable Diffusion pipeline, frozen, as a training wants them."""
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def load_stable_diffusion(pretrained_model_name_or_path: str, revision, variant, weight_dtype: torch.dtype, device):
+    """(noise_scheduler, tokenizer, text_encoder, vae, unet) of a hub id or folder; the models frozen, on `device`.
+
+    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Raises ValueError, in one line, for
+    what is no Stable Diffusion pipeline.
+    """
+    source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, "revision": revision}
+    weights = {"variant": variant, "dtype": weight_dtype}
+    try:
+        noise_scheduler = DDPMScheduler.from_pretrained(**source, subfolder="scheduler")
+        tokenizer = CLIPTokenizer.from_pretrained(**source, subfolder="tokenizer")
+        text_encoder = CLIPTextModel.from_pretrained(**source, subfolder="text_encoder", **weights)
+        vae = AutoencoderKL.from_pretrained(**source, subfolder="vae", variant=variant)
+        unet = UNet2DConditionModel.from_pretrained(**source, subfolder="unet", **weights)
+    except OSError as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path: expected a Stable Diffusion pipeline (hub id or folder), "
+            f"{pretrained_model_name_or_path!r} could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    for model in (text_encoder, vae, unet):
+        model.requires_grad_(False)
+        model.to(device)
+    for model in (vae, unet):
+        model.to(memory_format=torch.channels_last)
+    return noise_scheduler, tokenizer, text_encoder, vae, unet
+
+
+def build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler) -> StableDiffusionPipeline:
+    """For sampling by DDIM, all of it on the U-Net's device; the VAE in the U-Net's precision."""
+    return StableDiffusionPipeline(
+        vae=vae.to(unet.device, unet.dtype),
+        text_encoder=text_encoder.to(unet.device),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler.from_config(noise_scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@torch.no_grad()
+def encode_images(batch: dict, vae: AutoencoderKL, generator: torch.Generator | None) -> torch.Tensor:
+    """Latents (B, 4, h, w) as the U-Net sees them, a sample of the VAE's posterior.
+
+    Of `batch["pixel_values"]` (B, 3, H, W) in [-1, 1], or of `batch["latent_moments"]` (B, 8, h, w), what
+    `acpo_utils.latent_cache` kept of the encoder's output.
+    """
+    if "latent_moments" in batch:
+        posterior = DiagonalGaussianDistribution(batch["latent_moments"].float())
+    else:
+        posterior = vae.encode(batch["pixel_values"]).latent_dist
+    return posterior.sample(generator) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_prompts(batch: dict, text_encoder: CLIPTextModel) -> torch.Tensor:
+    """Prompt embeddings (B, tokens, dim) of `batch["input_ids"]` (B, tokens), or those kept in the batch."""
+    if "prompt_embeds" in batch:
+        return batch["prompt_embeds"]
+    return text_encoder(batch["input_ids"], return_dict=False)[0]
+
+
+def offload_encoders(vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
+    """Off the device with what a cache has made needless; `build_pipeline` brings it back."""
+    vae.encoder.to("cpu")
+    text_encoder.to("cpu")
