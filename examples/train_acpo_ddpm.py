@@ -503,12 +503,12 @@ def main(args):
                     save_model(accelerator.unwrap_model(unet), noise_scheduler, args)
             unet.train(args.scratch)
 
-    release_sigterm()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         unet = accelerator.unwrap_model(unet).eval()
         with ema_weights(ema, parameters):
             save_model(unet, noise_scheduler, args)
+            release_sigterm()  # what follows can be had again
             held_out = held_out and to_tensor(held_out, args.resolution)  # (M, 3, H, W) in [0, 1]
             finish(unet, base_unet, noise_scheduler, evaluator, judges, held_out, skipped_steps, args)
     accelerator.end_training()

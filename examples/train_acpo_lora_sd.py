@@ -490,13 +490,13 @@ def main(args):
         due = (step + 1) % args.checkpointing_steps == 0
         checkpoint_or_stop(accelerator, args.output_dir, step + 1, due, args.checkpoints_total_limit)
 
-    release_sigterm()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         unet = accelerator.unwrap_model(unet)
         if alarm and alarm.rang and args.on_hacking == "keep_best":
             alarm.restore_best(unet)
         save_lora(unet, args.output_dir)
+        release_sigterm()  # what follows can be had again
         pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
         scorers = guide_parts(evaluator) | judges
         events = {"skipped_steps": skipped_steps, "hacking_alarms": alarm.rang if alarm else {}}
