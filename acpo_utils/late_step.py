@@ -112,6 +112,16 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
     return (images / 2 + 0.5).clamp(0, 1)
 
 
+def crop_latents(latents: torch.Tensor, side: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One random window (B, C, side, side) of (B, C, h, w), the same for the whole batch: decoding it costs its share.
+
+    What an evaluator says of it is about details; of what a prompt asks for a window shows a part. A decoder with
+    attention, as AutoencoderKL's, sees the window alone, so that near its borders x_hat differs a little.
+    """
+    top, left = (int(torch.randint(extent - side + 1, (), generator=generator)) for extent in latents.shape[-2:])
+    return latents[..., top : top + side, left : left + side]
+
+
 @torch.no_grad()
 def rollout_late_samples(
     predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],

@@ -1,7 +1,14 @@
 """The parts of a Stable Diffusion pipeline, frozen, as a training wants them."""
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -31,6 +38,28 @@ def load_stable_diffusion(pretrained_model_name_or_path: str, revision, variant,
     for model in (vae, unet):
         model.to(memory_format=torch.channels_last)
     return noise_scheduler, tokenizer, text_encoder, vae, unet
+
+
+def load_tiny_vae(pretrained_model_name_or_path: str, vae: AutoencoderKL) -> AutoencoderTiny:
+    """A frozen AutoencoderTiny (TAESD) in fp32 beside `vae`. Raises ValueError, in one line, unless it decodes the
+    latents of `vae`."""
+    try:
+        tiny_vae = AutoencoderTiny.from_pretrained(pretrained_model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--tiny_vae_name_or_path: expected an AutoencoderTiny (hub id or folder), {pretrained_model_name_or_path!r} "
+            f"could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    for what in ("latent_channels", "in_channels"):
+        if tiny_vae.config[what] != vae.config[what]:
+            raise ValueError(
+                f"--tiny_vae_name_or_path: expected {vae.config[what]} {what} as the VAE has, found {tiny_vae.config[what]}"
+            )
+    upsamplings = (len(tiny_vae.config.num_decoder_blocks) - 1, len(vae.config.block_out_channels) - 1)
+    if upsamplings[0] != upsamplings[1]:
+        expected, found = (2**n for n in reversed(upsamplings))
+        raise ValueError(f"--tiny_vae_name_or_path: expected {expected} pixels per latent, found {found}")
+    return tiny_vae.requires_grad_(False).to(vae.device)
 
 
 def build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler) -> StableDiffusionPipeline:

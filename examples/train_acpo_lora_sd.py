@@ -43,7 +43,13 @@ from acpo_utils.drift import prediction_drift
 from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
 from acpo_utils.hacking import HackingAlarm, load_judges
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
-from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_late_latents, sample_late_timesteps
+from acpo_utils.late_step import (
+    crop_latents,
+    decode_latents,
+    denoise_late_steps,
+    rollout_late_latents,
+    sample_late_timesteps,
+)
 from acpo_utils.latent_cache import CachedLatents
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.prompts import Prompts, read_prompts
@@ -54,6 +60,7 @@ from acpo_utils.stable_diffusion import (
     encode_images,
     encode_prompts,
     load_stable_diffusion,
+    load_tiny_vae,
     offload_encoders,
 )
 from acpo_utils.statistics import paired_comparison
@@ -64,7 +71,7 @@ from acpo_utils.trackers import log_images
 logger = get_logger(__name__, log_level="INFO")
 
 
-def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, generator, args):
+def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_scheduler, generator, args):
     """L = L_diff + anchor_weight * L_anchor + quality_weight * L_quality (eq. 9). Returns the loss and its terms."""
     loss_diffusion = loss_anchor = loss_quality = scores = None
     prompt_embeds = encode_prompts(batch, text_encoder)  # (B, tokens, dim)  c
@@ -77,10 +84,8 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
             late_timesteps = sample_late_timesteps(len(latents), args.tmax, generator, latents.device)  # (B,)
             late_latents = noise_scheduler.add_noise(latents, noise, late_timesteps)  # (B, 4, h, w)  z_t
         else:  # z_t is the current model's own sample
-            embeds, window = (
-                (prompt_embeds, batch["negative_embeds"]),
-                (latents_shape(prompt_embeds, vae, args), args.tmax),
-            )
+            embeds = (prompt_embeds, batch["negative_embeds"])
+            window = (latents_shape(prompt_embeds, vae, args), args.tmax)
             sampling = (args.num_inference_steps, args.guidance_scale, generator)
             late_latents, late_timesteps = rollout_late_latents(unet, noise_scheduler, *embeds, *window, *sampling)
         if args.anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
@@ -92,7 +97,9 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
         predict = partial(predict_with_lora, unet, prompt_embeds)
         late = (late_pred, late_timesteps, late_latents, args.late_steps, args.late_backprop_steps)
         z0 = denoise_late_steps(predict, noise_scheduler, *late)  # (B, 4, h, w)  z_0_hat (eq. 5)
-        images = decode_latents(vae, z0)  # (B, 3, H, W) in [0, 1]  x_hat = D(z_0_hat) (eq. 5)
+        if args.decode == "crop":
+            z0 = crop_latents(z0, args.decode_size // latent_factor(vae), generator)
+        images = decode_latents(decoder, z0)  # (B, 3, H, W) in [0, 1]  x_hat = D(z_0_hat) (eq. 5)
         scores = evaluator.score(images, batch["prompts"])  # (B,) in (0, 1)  Q(x_hat, c)
         loss_quality = quality_loss(scores)  # L_quality = mean(1 - Q) (eq. 6)
     if args.anchor_weight:
@@ -113,8 +120,12 @@ def training_step(batch, unet, vae, text_encoder, evaluator, noise_scheduler, ge
     return loss, terms if scores is None else terms | {"score": scores.detach().mean()}
 
 
+def latent_factor(vae):
+    return 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent
+
+
 def latents_shape(prompt_embeds, vae, args):
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = args.resolution // latent_factor(vae)
     return (len(prompt_embeds), vae.config.latent_channels, side, side)
 
 
@@ -138,7 +149,7 @@ DEMO = {
     "rank": 8,
     "lora_target_modules": "to_k,to_q,to_v,to_out.0,conv1,conv2,conv_out",
     "late_start": "rollout",
-    "quality_weight": 10.0,
+    "quality_weight": 2.0,
     "learning_rate": 5e-4,
     "max_train_steps": 45,
     "num_eval_prompts": 300,
@@ -185,6 +196,17 @@ def parse_args():
     add("--late_steps", type=int, default=1, help="K denoising steps from t to 0; 1 is the one-step estimate")
     add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
     add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
+    add(
+        "--decode",
+        choices=["full", "crop", "tiny"],
+        default="full",
+        help="x_hat whole, a window of it, or by a tiny VAE",
+    )
+    add("--decode_size", type=int, help="side of the window in pixels, with --decode crop")
+    add(
+        "--tiny_vae_name_or_path",
+        help="an AutoencoderTiny of the model's latents, with --decode tiny (madebyollin/taesd)",
+    )
     # LoRA and optimizer
     add("--rank", type=int, default=4)
     add("--lora_alpha", type=int, help="default: the rank")
@@ -194,11 +216,8 @@ def parse_args():
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--gradient_checkpointing", action="store_true", help="of the U-Net and of the VAE's decoder")
     add("--learning_rate", type=float, default=2e-5)
-    add(
-        "--lr_scheduler",
-        choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
-        default="constant",
-    )
+    schedules = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
+    add("--lr_scheduler", choices=schedules, default="constant")
     add("--lr_warmup_steps", type=int, default=0)
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
@@ -247,6 +266,10 @@ def parse_args():
         parser.error("need one of --dataset_name, --train_data_dir and --train_prompts")
     if args.train_prompts and (args.late_start == "data" or args.diffusion_weight):
         parser.error("--train_prompts has no images: it needs --late_start rollout and --diffusion_weight 0")
+    if (args.decode == "crop") != bool(args.decode_size) or (args.decode == "tiny") != bool(
+        args.tiny_vae_name_or_path
+    ):
+        parser.error("--decode crop goes with --decode_size, --decode tiny with --tiny_vae_name_or_path")
     if args.cache_latents and (args.train_prompts or not args.center_crop):
         parser.error("--cache_latents needs images and --center_crop: a random crop is another image every time")
     if args.quality_weight and args.evaluator is None:
@@ -276,12 +299,17 @@ def load_models(args, weight_dtype, device):
     total = noise_scheduler.config.num_train_timesteps
     if not 1 <= args.tmax <= total:
         raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {args.tmax}")
-    multiple = 2 ** (len(vae.config.block_out_channels) - 1) * 2 ** (len(unet.config.block_out_channels) - 1)
+    multiple = latent_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1)
     if args.resolution < 1 or args.resolution % multiple:
         raise ValueError(
             f"--resolution must be a multiple of {multiple} for this VAE and U-Net, got {args.resolution}"
         )
-    return noise_scheduler, tokenizer, text_encoder, vae, unet
+    if args.decode_size and (args.decode_size % latent_factor(vae) or not 0 < args.decode_size <= args.resolution):
+        raise ValueError(
+            f"--decode_size must be a multiple of {latent_factor(vae)} up to the resolution, got {args.decode_size}"
+        )
+    decoder = load_tiny_vae(args.tiny_vae_name_or_path, vae) if args.decode == "tiny" else vae
+    return noise_scheduler, tokenizer, text_encoder, vae, decoder, unet
 
 
 def add_lora(unet, args):
@@ -353,11 +381,11 @@ def main(args):
     judges = load_judges(args.judge or [], accelerator.device)
 
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    noise_scheduler, tokenizer, text_encoder, vae, unet = load_models(args, weight_dtype, accelerator.device)
+    noise_scheduler, tokenizer, text_encoder, vae, decoder, unet = load_models(args, weight_dtype, accelerator.device)
     lora_parameters = add_lora(unet, args)  # a list: an iterator would leave nothing to clip
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        vae.enable_gradient_checkpointing()
+        decoder.enable_gradient_checkpointing()
 
     optimizer = torch.optim.AdamW(
         lora_parameters,
@@ -430,7 +458,7 @@ def main(args):
             probe = {k: v.to(on_device) if isinstance(v, torch.Tensor) else v for k, v in probe.items()}
             latents = encode_images(probe, vae, generator)
         with torch.no_grad():
-            images = decode_latents(vae, latents)
+            images = decode_latents(decoder, latents)
         check_evaluator(evaluator, images, probe["prompts"])
 
     accelerator.init_trackers("acpo-lora-sd", config=settings_of(args))
@@ -451,7 +479,7 @@ def main(args):
             generator = step_generator(args.seed, step, micro_step, accelerator.process_index)
             with accelerator.accumulate(unet):
                 loss, terms = training_step(
-                    next_batch(), unet, vae, text_encoder, evaluator, noise_scheduler, generator, args
+                    next_batch(), unet, vae, decoder, text_encoder, evaluator, noise_scheduler, generator, args
                 )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

@@ -51,6 +51,15 @@ def tiny_vae(seed: int = 1):
     )
 
 
+def tiny_taesd(seed: int = 6, **overrides):
+    """An AutoencoderTiny of `tiny_vae`'s latents: twice as many pixels as latents along a side."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(seed)
+    config = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    return AutoencoderTiny(**(config | {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)} | overrides))
+
+
 def tiny_scheduler(**overrides):
     from diffusers import DDPMScheduler
 

@@ -4,6 +4,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
 
 from acpo_utils.late_step import (
+    crop_latents,
     decode_latents,
     denoise_late_steps,
     late_window,
@@ -184,3 +185,16 @@ def test_the_late_window_by_numbers():
     ):
         with pytest.raises(ValueError, match=message):
             late_window(scheduler, **({"num_inference_steps": 50} | arguments))
+
+
+def test_windows_lie_anywhere_inside_and_are_the_same_for_a_batch():
+    rows, columns = torch.meshgrid(torch.arange(6), torch.arange(9), indexing="ij")
+    latents = torch.stack([rows, columns]).expand(2, 2, 6, 9)
+    corners = set()
+    for seed in range(200):
+        window = crop_latents(latents, 4, torch.Generator().manual_seed(seed))
+        top, left = window[0, :, 0, 0].tolist()
+        assert torch.equal(window, latents[..., top : top + 4, left : left + 4]) and window.shape == (2, 2, 4, 4)
+        corners.add((top, left))
+    assert corners == {(top, left) for top in range(3) for left in range(6)}
+    assert torch.equal(crop_latents(latents[..., :6], 6), latents[..., :6])

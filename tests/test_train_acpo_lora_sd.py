@@ -216,7 +216,35 @@ def test_the_demos_own_guide_gives_way_to_a_named_one(monkeypatch):
     assert parse(*both) == (["a", "b"], [0.75, 0.25])
 
 
+def test_other_decoders_train_too_and_leave_the_final_comparison_to_the_vae(
+    flags, lora_of, tmp_path, monkeypatch, capsys
+):
+    from tests.conftest import tiny_taesd
+
+    tiny_taesd().save_pretrained(tmp_path / "taesd")
+    others = {
+        "crop": {"decode": "crop", "decode_size": 16},
+        "tiny": {"decode": "tiny", "tiny_vae_name_or_path": tmp_path / "taesd", "gradient_checkpointing": True},
+    }
+    run_in_process(flags("full", max_train_steps=2), monkeypatch, capsys, fails=False)
+    for name, options in others.items():
+        run_in_process(flags(name, max_train_steps=2, **options), monkeypatch, capsys, fails=False)
+        full, other = lora_of("full"), lora_of(name)
+        assert any(not torch.equal(full[key], other[key]) for key in full)
+    tiny_taesd(latent_channels=8).save_pretrained(tmp_path / "other")
+    options = {"decode": "tiny", "tiny_vae_name_or_path": tmp_path / "other"}
+    assert "expected 4 latent_channels as the VAE has, found 8" in run_in_process(
+        flags(**options), monkeypatch, capsys
+    )
+
+
 BAD_INPUT = {
+    "decode": ({"decode": "crop"}, "--decode crop goes with --decode_size"),
+    "window": (
+        {"decode": "crop", "decode_size": 15},
+        "--decode_size must be a multiple of 2 up to the resolution, got 15",
+    ),
+    "tiny": ({"decode": "tiny", "tiny_vae_name_or_path": "no/such/vae"}, "expected an AutoencoderTiny"),
     "missing data": ({"train_data_dir": "no/such/folder"}, "no/such/folder"),
     "unknown column": ({"caption_column": "caption"}, "caption"),
     "tmax": ({"tmax": 1001}, "--tmax must be in 1..1000"),

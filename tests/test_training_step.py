@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 
 from acpo_utils.evaluators import load_evaluator
 from acpo_utils.seeds import step_generator
-from tests.conftest import tiny_scheduler, tiny_tokenizer, tiny_unet, tiny_vae
+from tests.conftest import tiny_scheduler, tiny_taesd, tiny_tokenizer, tiny_unet, tiny_vae
 
 
 spec = importlib.util.spec_from_file_location(
@@ -29,6 +29,7 @@ DEFAULTS = {
     "late_start": "data",
     "late_steps": 1,
     "late_backprop_steps": None,
+    "decode": "full",
     "snr_gamma": None,
     "num_inference_steps": 5,
     "guidance_scale": 2.0,
@@ -67,11 +68,11 @@ def world(tiny_pipeline, tiny_guide):
         "prompts": prompts,
     }
 
-    def step(scheduler=None, position=0, **changes):
+    def step(scheduler=None, position=0, decoder=None, **changes):
         args = argparse.Namespace(**(DEFAULTS | changes))
         scheduler = scheduler or tiny_scheduler()
         return script.training_step(
-            batch, unet, vae, text_encoder, evaluator, scheduler, step_generator(0, position), args
+            batch, unet, vae, decoder or vae, text_encoder, evaluator, scheduler, step_generator(0, position), args
         )
 
     return argparse.Namespace(step=step, unet=unet, vae=vae, text_encoder=text_encoder, evaluator=evaluator)
@@ -115,6 +116,32 @@ def test_terms_at_lora_initialisation_and_the_evaluators_input(world, prediction
     (images, prompts), *_ = world.evaluator.seen
     assert images.shape == (2, 3, 32, 48) and images.min() >= 0 and images.max() <= 1, "not square, in [0, 1]"
     assert images.dtype == torch.float32 and prompts == ["a red wall", "a blue wall"]
+
+
+def test_a_window_of_the_latents_is_decoded_and_scored(world):
+    whole = world.step()[1]["score"]
+    for position in range(4):
+        world.step(position=position, decode="crop", decode_size=16)
+    windows = [images for images, _ in world.evaluator.seen[1:]]
+    assert all(images.shape == (2, 3, 16, 16) for images in windows)
+    assert len({images.sum().item() for images in windows}) == 4, "another window at another step"
+    with torch.no_grad():
+        assert world.step(decode="crop", decode_size=16)[1]["score"] != whole
+    gradients = {}
+    for decode in ("full", "crop"):
+        world.step(diffusion_weight=0, anchor_weight=0, decode=decode, decode_size=16)[0].backward()
+        gradients[decode] = torch.cat([p.grad.flatten() for p in lora(world.unet).values()])
+        world.unet.zero_grad()
+    assert gradients["crop"].any() and not torch.allclose(gradients["crop"], gradients["full"])
+
+
+def test_a_tiny_decoder_decodes_in_the_vaes_place(world, monkeypatch):
+    tiny = tiny_taesd().requires_grad_(False)
+    monkeypatch.setattr(world.vae, "decode", None)  # calling it would raise
+    world.step(decoder=tiny, diffusion_weight=0, anchor_weight=0)[0].backward()
+    ((images, _),) = world.evaluator.seen
+    assert images.shape == (2, 3, 32, 48) and images.min() >= 0 and images.max() <= 1
+    assert any(p.grad.any() for p in lora(world.unet).values()) and all(p.grad is None for p in tiny.parameters())
 
 
 def test_quality_falls_when_only_quality_is_optimised(world):
