@@ -48,6 +48,7 @@ from acpo_utils.evaluation_metrics import (
 )
 from acpo_utils.evaluation_table import finish_rows, markdown_table, notes, paired_row, set_row, write_tables
 from acpo_utils.image_manifest import ImageManifest, model_fingerprint
+from acpo_utils.late_window import late_window
 from acpo_utils.pair_grids import choose_pairs, pair_grid
 from acpo_utils.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
 from acpo_utils.report import write_report
@@ -69,7 +70,13 @@ def sample(pipeline, prompts, args):
         return pipeline(batch_size=len(prompts), **settings).images
     if args.resolution:
         settings |= {"height": args.resolution, "width": args.resolution}
+    if acts_late(pipeline, args):
+        settings |= {"callback_on_step_end": late_window(pipeline, args.lora_tmax)}
     return pipeline([prompt.text for prompt in prompts], guidance_scale=args.guidance_scale, **settings).images
+
+
+def acts_late(pipeline, args):
+    return args.lora_tmax is not None and hasattr(pipeline.unet, "peft_config")
 
 
 def generate(pipeline, model, prompts, accelerator, args):
@@ -81,6 +88,8 @@ def generate(pipeline, model, prompts, accelerator, args):
         "resolution": args.resolution,
         "scheduler": hashlib.sha256(pipeline.scheduler.to_json_string().encode()).hexdigest()[:16],
     }
+    if acts_late(pipeline, args):
+        settings["lora_tmax"] = args.lora_tmax
     fingerprint = model_fingerprint(*(part for part in pipeline.components.values() if hasattr(part, "state_dict")))
     made_from = {
         file_name(prompt): {"model": fingerprint, "prompt": prompt.text, "seed": [args.seed, prompt.row]} | settings
@@ -179,6 +188,7 @@ def parse_args():
     add("--revision")
     add("--variant")
     add("--lora", nargs="+", default=[], help="LoRA folders or files, as train_acpo_lora_sd.py writes them")
+    add("--lora_tmax", type=int, help="the LoRAs act at timesteps below this alone, as trained; default: at all")
     add("--finetuned", nargs="+", default=[], help="whole fine-tuned pipelines: folders of a DDPM or Stable Diffusion")
     # Prompts and noise
     add("--prompts", nargs="+", help=f"{', '.join(PROMPT_SETS)}, NAME:PATH, demo, demo-unseen, or .txt, .csv, ...")
