@@ -76,6 +76,16 @@ def build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler) -> Stabl
     )
 
 
+def latent_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent along a side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latents_shape(vae: AutoencoderKL, batch_size: int, resolution: int) -> tuple[int, int, int, int]:
+    side = resolution // latent_factor(vae)
+    return (batch_size, vae.config.latent_channels, side, side)
+
+
 @torch.no_grad()
 def encode_images(batch: dict, vae: AutoencoderKL, generator: torch.Generator | None) -> torch.Tensor:
     """Latents (B, 4, h, w) as the U-Net sees them, a sample of the VAE's posterior.

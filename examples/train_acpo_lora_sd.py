@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from acpo_utils import comparison
 from acpo_utils.anchor import base_prediction
+from acpo_utils.anchor_budget import AnchorBudget
 from acpo_utils.checkpoints import (
     atomic_write,
     checkpoint_step,
@@ -59,6 +60,8 @@ from acpo_utils.stable_diffusion import (
     build_pipeline,
     encode_images,
     encode_prompts,
+    latent_factor,
+    latents_shape,
     load_stable_diffusion,
     load_tiny_vae,
     offload_encoders,
@@ -85,7 +88,7 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
             late_latents = noise_scheduler.add_noise(latents, noise, late_timesteps)  # (B, 4, h, w)  z_t
         else:  # z_t is the current model's own sample
             embeds = (prompt_embeds, batch["negative_embeds"])
-            window = (latents_shape(prompt_embeds, vae, args), args.tmax)
+            window = (latents_shape(vae, len(prompt_embeds), args.resolution), args.tmax)
             sampling = (args.num_inference_steps, args.guidance_scale, generator)
             late_latents, late_timesteps = rollout_late_latents(unet, noise_scheduler, *embeds, *window, *sampling)
         if args.anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
@@ -118,15 +121,6 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
     weights = (args.diffusion_weight, args.anchor_weight, args.quality_weight)
     loss, terms = acpo_objective(*losses, *weights)  # L (eq. 9)
     return loss, terms if scores is None else terms | {"score": scores.detach().mean()}
-
-
-def latent_factor(vae):
-    return 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent
-
-
-def latents_shape(prompt_embeds, vae, args):
-    side = args.resolution // latent_factor(vae)
-    return (len(prompt_embeds), vae.config.latent_channels, side, side)
 
 
 def predict_with_lora(unet, prompt_embeds, latents, timesteps):
@@ -188,6 +182,11 @@ def parse_args():
     add("--tmax", type=int, default=100, help="upper end of the late window: quality and anchor act at t < tmax")
     add("--quality_weight", type=float, default=0.1, help="lambda_quality of eq. 9")
     add("--anchor_weight", type=float, default=1.0, help="lambda_anchor of eq. 9")
+    add(
+        "--anchor_budget",
+        type=float,
+        help="hold the mean L_anchor here by adapting the weight, from --anchor_weight on",
+    )
     add("--diffusion_weight", type=float, default=1.0, help="weight of L_diff; 1 in the paper")
     add("--diffusion_timesteps", choices=["full", "late"], default="full", help="late shares the late forward pass")
     add(
@@ -282,6 +281,8 @@ def parse_args():
         args.quality_weight or args.anchor_weight or args.diffusion_weight
     ):
         parser.error("the weights must not be negative, and one of them must be above 0")
+    if args.anchor_budget is not None and not (args.anchor_budget > 0 and args.anchor_weight):
+        parser.error("--anchor_budget must be above 0, and needs an --anchor_weight to start from")
     if args.late_start == "rollout" and args.diffusion_timesteps == "late":
         parser.error("--diffusion_timesteps late needs --late_start data: a sampled latent has no known noise")
     if args.diffusion_timesteps == "late" and not args.diffusion_weight:
@@ -407,7 +408,8 @@ def main(args):
         scorers, keep_best = (evaluator, judges, accelerator.device), args.on_hacking == "keep_best"
         sample_fixed = partial(sample, description="validation", args=args)
         alarm = HackingAlarm(validation_prompts, sample_fixed, *scorers, args.output_dir, keep_best)
-        accelerator.register_for_checkpointing(alarm)
+    budget = AnchorBudget(args.anchor_budget, args.anchor_weight) if args.anchor_budget else None
+    accelerator.register_for_checkpointing(*filter(None, (alarm, budget)))
 
     # Sample n of the run is a function of (seed, n) alone, so resuming means to start counting at n.
     first_step = 0
@@ -440,8 +442,7 @@ def main(args):
             generator=torch.Generator().manual_seed(args.seed),
         )
     )
-    empty_ids = tokenize(tokenizer, [""]).to(accelerator.device)
-    negative_embeds = encode_prompts({"input_ids": empty_ids}, text_encoder)  # (1, tokens, dim)
+    negative_embeds = encode_prompts({"input_ids": tokenize(tokenizer, [""]).to(accelerator.device)}, text_encoder)
     if args.cache_latents:
         offload_encoders(vae, text_encoder)
 
@@ -453,7 +454,7 @@ def main(args):
         probe = next(iter(DataLoader(train_set, batch_size=2, collate_fn=collate)))
         generator, on_device = step_generator(args.seed), accelerator.device
         if args.train_prompts:
-            latents = randn_tensor(latents_shape(probe["prompts"], vae, args), generator, on_device)
+            latents = randn_tensor(latents_shape(vae, 2, args.resolution), generator, on_device)
         else:
             probe = {k: v.to(on_device) if isinstance(v, torch.Tensor) else v for k, v in probe.items()}
             latents = encode_images(probe, vae, generator)
@@ -477,9 +478,10 @@ def main(args):
     for step in progress:
         for micro_step in range(args.gradient_accumulation_steps):
             generator = step_generator(args.seed, step, micro_step, accelerator.process_index)
+            step_args = argparse.Namespace(**vars(args) | ({"anchor_weight": budget.weight} if budget else {}))
             with accelerator.accumulate(unet):
                 loss, terms = training_step(
-                    next_batch(), unet, vae, decoder, text_encoder, evaluator, noise_scheduler, generator, args
+                    next_batch(), unet, vae, decoder, text_encoder, evaluator, noise_scheduler, generator, step_args
                 )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -502,6 +504,8 @@ def main(args):
         terms |= {f"score_{name}": score for name, score in getattr(evaluator, "last_scores", {}).items()}
         logs = {name: term.item() for name, term in terms.items()}
         logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        if budget:
+            logs["anchor_weight"] = budget.update(accelerator.reduce(terms["loss_anchor"], "mean").item())
         accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step + 1)
         progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
 

@@ -1,0 +1,54 @@
+"""The anchor's weight finds the limit on the anchor loss, and a resumed run finds it as an uninterrupted one."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from acpo_utils.anchor_budget import RATE, SMOOTHING, AnchorBudget
+from tests.test_train_acpo_lora_sd import flags, lora_of, run_in_process  # noqa: F401  (fixtures)
+
+
+def test_the_weight_follows_the_formula():
+    budget, weight, total, count = AnchorBudget(0.02, 3.0), 3.0, 0.0, 0.0
+    for loss in (0.0, 0.01, 0.05, 0.5, 0.02):
+        total, count = SMOOTHING * total + loss, SMOOTHING * count + 1
+        weight *= math.exp(RATE * min(max(total / count / 0.02 - 1, -1), 1))
+        assert budget.update(loss) == pytest.approx(weight, rel=1e-12)
+    again = AnchorBudget(0.02, 1.0)
+    again.load_state_dict(budget.state_dict())
+    assert again.update(math.nan) == budget.weight
+    assert again.update(0.03) == budget.update(0.03)
+    for budget, weight in ((0, 1), (-1, 1), (1, 0), (math.nan, 1)):
+        with pytest.raises(ValueError, match="expected an anchor budget and weight above 0"):
+            AnchorBudget(budget, weight)
+
+
+@pytest.mark.parametrize("start", [0.01, 1.0, 1000.0])
+def test_a_model_that_answers_to_the_weight_ends_at_the_budget(start):
+    """Drift falls with the anchor's weight, as in training, with noise from batch to batch."""
+    budget, generator = AnchorBudget(0.005, start), torch.Generator().manual_seed(0)
+    drifts = []
+    for _ in range(600):
+        drifts.append(0.05 / (1 + budget.weight))
+        budget.update(drifts[-1] * torch.rand((), generator=generator).item() * 2)
+    assert sum(drifts[-200:]) / 200 == pytest.approx(0.005, rel=0.15)
+
+
+def test_the_training_adapts_its_weight_and_resumes_exactly(flags, lora_of, tmp_path, monkeypatch, capsys):  # noqa: F811
+    options = {"anchor_budget": 1e-6, "quality_weight": 10, "checkpointing_steps": 2, "report_to": "tensorboard"}
+    run_in_process(flags("whole", **options), monkeypatch, capsys, fails=False)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    run_in_process(flags("resumed", resume_from_checkpoint="latest", **options), monkeypatch, capsys, fails=False)
+    whole, resumed = lora_of("whole"), lora_of("resumed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    run_in_process(flags("fixed", **options | {"anchor_budget": None}), monkeypatch, capsys, fails=False)
+    assert any(not torch.equal(whole[name], weight) for name, weight in lora_of("fixed").items())
+    assert json.loads((tmp_path / "whole" / "args.json").read_text())["anchor_weight"] == 1, "what was asked for"
+
+
+def test_a_budget_needs_an_anchor(flags, monkeypatch, capsys):  # noqa: F811
+    out = run_in_process(flags(anchor_budget=0.1, anchor_weight=0), monkeypatch, capsys)
+    assert "--anchor_budget must be above 0, and needs an --anchor_weight" in out
