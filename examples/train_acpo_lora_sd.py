@@ -58,6 +58,7 @@ from acpo_utils.seeds import step_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.stable_diffusion import (
     build_pipeline,
+    cast_vae,
     encode_images,
     encode_prompts,
     latent_factor,
@@ -129,9 +130,8 @@ def predict_with_lora(unet, prompt_embeds, latents, timesteps):
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
 # The embedded demo's settings, where they differ from the defaults below, which are the paper's or diffusers' own.
-# A base model as weak as the demo's is moved by its own samples, not by real images that it cannot draw yet; and what
-# its last step can change is detail, which is drawn by convolutions: by its attention layers alone the guide's score
-# hardly moved (examples/demo/README.md). 300 prompts, since the gain is small beside the spread over them.
+# A base model as weak as the demo's is moved by its own samples, not by real images that it cannot draw yet; and what its
+# last step can change is detail, which is drawn by convolutions rather than by attention (examples/demo/README.md).
 DEMO = {
     "pretrained_model_name_or_path": str(DEMO_DIR / "pipeline"),
     "train_data_dir": str(DEMO_DIR / "data" / "train.parquet"),
@@ -514,7 +514,7 @@ def main(args):
             if accelerator.is_main_process:
                 parts = (accelerator.unwrap_model(unet), vae, text_encoder, tokenizer, noise_scheduler)
                 hacked = [validate(build_pipeline(*parts), alarm, accelerator, step + 1, args)]
-                vae.to(torch.float32)  # the pipeline samples in the U-Net's precision, the loss decodes in fp32
+                cast_vae(vae, torch.float32)  # the pipeline samples in the U-Net's precision, the loss decodes in fp32
                 if args.cache_latents:
                     offload_encoders(vae, text_encoder)
             if broadcast_object_list(hacked)[0] and args.on_hacking != "warn":
