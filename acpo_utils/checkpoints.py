@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
+
+from acpo_utils.files import one_line
 
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -69,27 +71,37 @@ def _read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
         weights = load_file(file)
         with safe_open(file, framework="pt") as handle:
             adapter = json.loads((handle.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        if not isinstance(adapter, dict):
+            raise ValueError("lora_adapter_metadata is no object")
         weights, network_alphas = StableDiffusionPipeline.lora_state_dict(weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"LoRA file {file} is damaged or in no known format: {_one_line(error)}") from error
+        alphas = sorted({float(alpha) for alpha in (network_alphas or {}).values()})
+    except Exception as error:  # diffusers, converting other formats, raises whatever a name or a tensor leads to
+        raise ValueError(f"LoRA file {file} is damaged or in no known format: {one_line(error)}") from error
 
     other = sorted({name.split(".")[0] for name in weights if not name.startswith("unet.")})
     if other or not weights:
-        raise ValueError(f"LoRA file {file}: expected only tensors named unet.*, found {', '.join(other) or 'none'}.")
+        found = one_line(", ".join(other)) or "none"
+        raise ValueError(f"LoRA file {file}: expected only tensors named unet.*, found {found}.")
     weights = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in weights.items()})
 
     config = {name.removeprefix("unet."): value for name, value in adapter.items() if name.startswith("unet.")}
     unsupported = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
-    ranks = sorted({weight.shape[0] for name, weight in weights.items() if name.endswith(".lora_A.weight")})
-    alphas = sorted({float(alpha) for alpha in (network_alphas or {}).values()})
-    if unsupported or len(ranks) != 1 or len(alphas) > 1:
+    ranks = sorted({(*weight.shape, 0)[0] for name, weight in weights.items() if name.endswith(".lora_A.weight")})
+    if unsupported or len(ranks) != 1 or ranks == [0] or len(alphas) > 1:
         raise ValueError(
             f"LoRA file {file}: expected one rank and one alpha for all layers, found ranks {ranks}"
             f"{f', alphas {alphas}' if alphas else ''}{f', {unsupported}' if unsupported else ''}."
         )
     targets = config.get("target_modules") or {name.split(".lora_")[0] for name in weights}
-    targets = targets if isinstance(targets, str) else sorted(targets)  # PEFT takes a string for a regular expression
     alpha = config.get("lora_alpha", alphas[0] if alphas else ranks[0])
+    # PEFT takes a string for a regular expression.
+    listed = isinstance(targets, (list, set)) and all(isinstance(target, str) for target in targets)
+    if not (listed or isinstance(targets, str)) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e300:
+        raise ValueError(
+            f"LoRA file {file}: expected a number for lora_alpha and names for target_modules, found {alpha!r} and "
+            f"{targets!r}."
+        )
+    targets = sorted(targets) if listed else targets
     return weights, {"rank": ranks[0], "alpha": alpha, "target_modules": targets}
 
 
@@ -115,9 +127,10 @@ def load_lora(unet: torch.nn.Module, path: str | Path, adapter_name: str = "defa
     for name, weight in found.items():
         layer, _, matrix = name.partition(".lora_")
         module = getattr(modules.get(layer), "base_layer", modules.get(layer))
-        dimension = {"A.weight": 1, "B.weight": 0}.get(matrix)
-        if module is None or (dimension is not None and weight.shape[dimension] != module.weight.shape[dimension]):
-            expected = "no such layer" if module is None else f"a layer of shape {tuple(module.weight.shape)}"
+        shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))  # () of a block or an activation
+        dimension = {"A.weight": slice(1, 2), "B.weight": slice(0, 1)}.get(matrix, slice(0, 0))
+        if not shape or weight.shape[dimension] != shape[dimension]:
+            expected = f"a layer of shape {shape}" if shape else "no such layer"
             raise ValueError(
                 f"LoRA {path} belongs to another model: {name} has shape {tuple(weight.shape)}, the U-Net has {expected}."
             )
@@ -137,6 +150,11 @@ def load_lora(unet: torch.nn.Module, path: str | Path, adapter_name: str = "defa
         raise ValueError(
             f"LoRA {path} has other target modules than the adapter: expected {len(expected)} tensors, found "
             f"{len(found)}; missing {missing[:2]}, not expected {extra[:2]}."
+        )
+    if other := [name for name in found if found[name].shape != expected[name].shape]:
+        raise ValueError(
+            f"LoRA {path} does not fit the adapter: {other[0]} has shape {tuple(found[other[0]].shape)}, expected "
+            f"{tuple(expected[other[0]].shape)}."
         )
     set_peft_model_state_dict(unet, found, adapter_name=adapter_name)
 
@@ -252,15 +270,11 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
                 with zipfile.ZipFile(file) as archive:
                     if damaged := archive.testzip():
                         raise zipfile.BadZipFile(f"checksum of {damaged}")
-        except (SafetensorError, zipfile.BadZipFile, OSError) as error:
+        except Exception as error:  # zipfile passes on what its decompressors, and the names in a damaged list, raise
             raise ValueError(
-                f"Checkpoint {path} is damaged: {file.name} cannot be read ({_one_line(error)}). Resume from another one."
+                f"Checkpoint {path} is damaged: {file.name} cannot be read ({one_line(error)}). Resume from another one."
             ) from error
     return path
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def load_strictly(from_pretrained: Callable, path: str, **kwargs):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from acpo_utils.files import one_line, read_json_lines
 from acpo_utils.seeds import EpochOrder
 
 
@@ -79,7 +80,11 @@ def _check_captions(dataset: datasets.Dataset, caption_column: str, source: str)
     feature = feature.feature if isinstance(feature, datasets.List) else feature  # several captions for one image
     if _kind(feature) not in ("string", "large_string"):
         raise ValueError(f"--caption_column {caption_column} of {source}: expected text, found {_kind(feature)}.")
-    if missing := dataset.data.column(caption_column).null_count:
+    try:
+        captions = dataset[caption_column][:]
+    except UnicodeDecodeError as error:  # parquet files are read without a look at their text
+        raise ValueError(f"--caption_column {caption_column} of {source}: expected UTF-8, {error.reason}.") from error
+    if missing := sum(text is None or isinstance(text, list) and (not text or None in text) for text in captions):
         raise ValueError(f"--caption_column {caption_column} of {source}: {missing} of {len(dataset)} rows are empty.")
 
 
@@ -95,12 +100,16 @@ def _local_files(path: Path, split: str) -> dict:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"--train_data_dir {path}: expected {split}.parquet or {split}-*.parquet, found {names}.")
         return {"path": "parquet", "data_files": {split: files}}
+    for metadata in path.rglob("metadata.jsonl"):  # pyarrow names no file, and a line `null` ends the process
+        for number, row in read_json_lines(metadata):
+            if not isinstance(row, dict):
+                raise ValueError(f"{metadata}, row {number}: expected an object with file_name, found {row!r}.")
     return {"path": "imagefolder", "data_files": {split: str(path / "**")}}
 
 
 def _reason(error: BaseException) -> str:
     error = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing; its cause does
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     if "corresponds to no data" in text:
         text = "it is empty."
     if "scripts are no longer supported" in text:
@@ -152,12 +161,13 @@ def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: 
     images = dataset.select_columns(image_column)
 
     def problem(row: int) -> str | None:
-        cell = images[row][image_column]
+        cell = None
         try:
+            cell = images[row][image_column]
             read_image(cell)
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-            reason = " ".join(str(error).split())
-            return f"{cell.get('path') or f'row {row}'} ({reason})"
+            name = one_line((cell or {}).get("path") or f"row {row}")
+            return f"{name} ({one_line(error)})"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = list(tqdm(pool.map(problem, range(len(images))), total=len(images), desc="Checking images"))

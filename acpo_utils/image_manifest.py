@@ -30,12 +30,15 @@ class ImageManifest:
     def _read(self) -> dict[str, list[dict]]:
         lines = {}
         for path in sorted(self.folder.glob("manifest*.jsonl")):
-            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            # split() and not splitlines(): a prompt may hold U+2028, which JSON leaves as it is.
+            for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     line = json.loads(text)
+                    known = isinstance(line["file"], str) and isinstance(line["sha256"], str)
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue  # a line that was being written when the run was ended, or none of ours
+                if known:
                     lines.setdefault(line["file"], []).append(line)
-                except (ValueError, KeyError, TypeError):  # a line that was being written when the run was ended
-                    continue
         return lines
 
     def is_finished(self, name: str, made_from: dict) -> bool:
@@ -54,7 +57,7 @@ class ImageManifest:
         with open(self._own, "a+b") as file:
             if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
                 file.write(b"\n")  # after a torn line
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
         self._lines.setdefault(name, []).append(line)
 
     def merge(self, wanted: dict[str, dict]) -> None:
@@ -70,7 +73,8 @@ class ImageManifest:
             self._lines[name] = [current]
         lines = [json.dumps(line, ensure_ascii=False) for name in sorted(self._lines) for line in self._lines[name]]
         with atomic_write(self.folder / "manifest.jsonl") as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines)), encoding="utf-8")
+            content = "".join(f"{line}\n" for line in dict.fromkeys(lines))
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
         for path in self.folder.glob("manifest-*.jsonl"):
             path.unlink()
 

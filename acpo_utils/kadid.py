@@ -5,10 +5,10 @@ distortions at 5 levels, 10,125 pictures rated by people from 1 (bad) to 5. **Th
 photographs**: nobody has rated these pictures.
 """
 
-import csv
 import hashlib
 import importlib.util
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +17,10 @@ import numpy as np
 from PIL import Image
 from pyarrow import parquet
 
-from acpo_utils.data import to_rgb
+from acpo_utils.data import read_image
 from acpo_utils.distortions import DISTORTIONS, distort
+from acpo_utils.files import one_line, parquet_errors
+from acpo_utils.rating_tables import read_table
 
 
 KADID_HEIGHT = 384  # pixels; the level tables are for pictures of this height
@@ -51,10 +53,14 @@ def mean_opinion_scores(table: str | Path | None = None) -> dict[tuple[str, int]
             )
         table = Path(spec.submodule_search_locations[0], "csv", "KADID-10k.txt")
     ratings: dict[tuple[str, int], list[float]] = {}
-    with open(table, newline="") as file:
-        for row in csv.DictReader(file):
-            _, kind, level = Path(row["dis_img_path"]).stem.split("_")  # I01_01_05.png: photograph, type, level
-            ratings.setdefault((DISTORTIONS[int(kind) - 1], int(level)), []).append(float(row["score"]))
+    if not Path(table).is_file():
+        raise ValueError(f"{table}: expected KADID-10k's ratings, found no file.")
+    for row in read_table(Path(table), {"dis_img_path": "image", "score": "score"}, (1.0, 5.0)):
+        name = re.search(r"I\d\d_(\d\d)_(\d\d)\.png$", row["image"], re.ASCII)  # photograph, type, level
+        kind, level = map(int, name.groups()) if name else (0, 0)
+        if not 1 <= kind <= len(DISTORTIONS):
+            raise ValueError(f"{table}, row {row['row']}: expected a name as I01_01_05.png, found {row['image']!r}.")
+        ratings.setdefault((DISTORTIONS[kind - 1], level), []).append(row["score"])
     if len(ratings) != 125 or any(len(scores) != 81 for scores in ratings.values()):
         raise ValueError(f"{table}: expected 25 x 5 conditions of 81 ratings each, found {len(ratings)} conditions.")
     return {condition: (sum(scores) / 81 - 1) / 4 * 100 for condition, scores in ratings.items()}
@@ -79,10 +85,11 @@ def distorted_photographs(
         window: rows for training show a square of this side, at a random place; None shows all of the picture.
         num_proc: processes that make them.
 
-    Raises ValueError if the ratings are missing (`mean_opinion_scores`).
+    Raises ValueError if the ratings are missing (`mean_opinion_scores`), and naming file and row for a photograph that
+    cannot be read.
     """
     scores = mean_opinion_scores()
-    count = parquet.read_metadata(photographs).num_rows
+    count = _count_photographs(photographs)
     jobs = [(row, name, level) for row in range(count) for name in DISTORTIONS for level in range(1, 6)]
     if max_samples is not None and max_samples < len(jobs):
         chosen = np.random.default_rng(seed).permutation(len(jobs))[:max_samples]
@@ -106,15 +113,34 @@ def distorted_photographs(
     )
 
 
+def _read_photographs(file: str | Path) -> list[dict]:
+    with parquet_errors(file):
+        return parquet.read_table(file, columns=["image", "name"]).to_pylist()
+
+
+def _count_photographs(file: str | Path) -> int:
+    """The rows of `file`, of which each can be decoded. Raises ValueError naming the file, and the row, otherwise."""
+    rows = _read_photographs(file)
+    for number, row in enumerate(rows, start=1):
+        try:
+            read_image(row["image"])
+        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            raise ValueError(f"{file}, row {number}: expected a photograph, found: {one_line(error)}.") from error
+        if not isinstance(row["name"], str):
+            raise ValueError(f"{file}, row {number}: expected the photograph's name as text, found {row['name']!r}.")
+    if not rows:
+        raise ValueError(f"{file}: expected photographs, found no rows.")
+    return len(rows)
+
+
 def _distort_all(
     jobs: list[Job], photographs: str, scores: dict, window: int | None, seed: int, digest: str
 ) -> Iterator[dict]:
-    source, row = parquet.read_table(photographs, columns=["image", "name"]).to_pylist(), None
+    source, row = _read_photographs(photographs), None
     for number, name, level in jobs:
         if row != number:
             row = number
-            with Image.open(io.BytesIO(source[row]["image"]["bytes"])) as file:
-                photograph = np.asarray(to_rgb(file))
+            photograph = np.asarray(read_image(source[row]["image"]))
         image, scale = photograph, min(photograph.shape[:2]) / KADID_HEIGHT
         rng = np.random.default_rng((seed, row, DISTORTIONS.index(name), level))
         square = np.s_[:, :]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pyarrow import ArrowException, parquet
+from pyarrow import parquet
 
+from acpo_utils.files import is_utf8, one_line, parquet_errors
 from acpo_utils.prompts import read_prompts
 
 
@@ -51,16 +52,22 @@ def read_parti_prompts(path: Path) -> list[str]:
 
 def read_diffusiondb(path: Path) -> list[str]:
     """DiffusionDB (Wang et al. 2023): the prompts of metadata.parquet, each once, `prompt_nsfw` below 0.5."""
-    try:
+    with parquet_errors(f"Prompt file {path}"):
         table = parquet.ParquetFile(path)
         columns = table.schema_arrow.names
         missing = {"prompt", "prompt_nsfw"} - set(columns)
         rows = None if missing else table.read(columns=["prompt", "prompt_nsfw"]).to_pydict()
-    except ArrowException as error:
-        raise ValueError(f"Prompt file {path} is damaged or no parquet file: {error}") from error
     if rows is None:
-        raise ValueError(f"Prompt file {path}: expected columns prompt and prompt_nsfw, found {', '.join(columns)}.")
-    return [text for text, nsfw in zip(rows["prompt"], rows["prompt_nsfw"]) if text and (nsfw or 0) < NSFW_LIMIT]
+        found = one_line(", ".join(columns))
+        raise ValueError(f"Prompt file {path}: expected columns prompt and prompt_nsfw, found {found}.")
+    prompts = []
+    for number, (text, nsfw) in enumerate(zip(rows["prompt"], rows["prompt_nsfw"]), start=1):
+        if not isinstance(text, str | None) or not isinstance(nsfw, int | float | None):
+            found = f"{text!r} and {nsfw!r}"
+            raise ValueError(f"Prompt file {path}, row {number}: expected text and a number, found {found}.")
+        if text and (nsfw or 0) < NSFW_LIMIT:
+            prompts.append(text)
+    return prompts
 
 
 def read_region_phrases(path: Path) -> list[str]:
@@ -82,15 +89,20 @@ def read_region_phrases(path: Path) -> list[str]:
         if text[position : position + 1] == "]":
             return list(phrases)
         number += 1
+        start = position
         try:
             entry, position = decoder.raw_decode(text, position)
-            phrases |= dict.fromkeys(" ".join(region["phrase"].split()) for region in entry["regions"])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: malformed JSON in image {number}: {error.msg}. Download it again.") from error
-        except (KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:  # also for a number of 5,000 digits, and lists nested as deep
+            raise ValueError(f"{path}: malformed JSON in image {number}: {error}. Download it again.") from error
+        try:
+            found = [" ".join(region["phrase"].split()) for region in entry["regions"]]
+        except (KeyError, TypeError, AttributeError):
+            found = None
+        if found is None or not all(map(is_utf8, found)):
             raise ValueError(
-                f'{path}: image {number}: expected {{"regions": [{{"phrase"}}, ...]}}, found {str(entry)[:80]}.'
-            ) from error
+                f'{path}: image {number}: expected {{"regions": [{{"phrase"}}, ...]}}, found {text[start:position][:80]!r}.'
+            )
+        phrases |= dict.fromkeys(found)
 
 
 PROMPT_SETS = {

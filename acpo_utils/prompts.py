@@ -2,14 +2,14 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pyarrow import ArrowException, parquet
+from pyarrow import parquet
 
 from acpo_utils.data import tokenize
+from acpo_utils.files import is_utf8, parquet_errors, read_json_lines
 from acpo_utils.seeds import EpochOrder
 
 
@@ -44,37 +44,41 @@ def read_prompts(path: str | Path, columns: Sequence[str] = ("prompt", "text")) 
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"Prompt file not found: {path}.")
-    try:
-        text = "" if path.suffix == ".parquet" else path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Prompt file {path}: expected UTF-8 text, found byte {error.start} undecodable.") from error
     if path.suffix == ".parquet":
-        try:
+        with parquet_errors(f"Prompt file {path}"):
             table = parquet.ParquetFile(path)
             names = [name for name in table.schema_arrow.names if name.lower() in columns]
-            rows = table.read(columns=names).to_pylist()  # and not the images beside them
-        except ArrowException as error:
-            raise ValueError(f"Prompt file {path} is damaged: {error}") from error
-    elif path.suffix in (".csv", ".tsv"):
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+            rows = list(enumerate(table.read(columns=names).to_pylist(), start=1))  # and not the images beside them
     elif path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"Prompt file {path}, row {number}: expected a JSON object, {error.msg}.") from error
+        rows = list(read_json_lines(path))
     else:
-        rows = [{columns[0]: line} for line in text.splitlines() if line.strip()]
+        rows = _read_text(path, columns[0])
 
     prompts = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in rows:
         cells = {str(name).lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
         prompt = next((cells[name] for name in columns if name in cells), None)
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str) or not prompt.strip() or not is_utf8(prompt):
             expected = " or ".join(f"`{name}`" for name in columns)
-            raise ValueError(f"Prompt file {path}, row {number}: expected text in column {expected}, found {row}.")
+            raise ValueError(f"Prompt file {path}, row {number}: expected text in column {expected}, found {row!r}.")
         prompts.append(prompt.strip())
     if not prompts:
         raise ValueError(f"Prompt file {path} is empty: expected at least one prompt.")
     return prompts
+
+
+def _read_text(path: Path, column: str) -> list[tuple[int, dict]]:
+    """(row, cells) of a .csv or .tsv file; of any other, each line that is not blank as its one `column`."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Prompt file {path}: expected UTF-8 text, found byte {error.start} undecodable.") from error
+    if "\0" in text:  # UTF-16 without its mark
+        raise ValueError(f"Prompt file {path}: expected UTF-8 text, found zero bytes. Save it as UTF-8.")
+    if path.suffix not in (".csv", ".tsv"):
+        return [(number, {column: line}) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+        return list(enumerate(rows, start=1))
+    except csv.Error as error:
+        raise ValueError(f"Prompt file {path}: expected a table of separated values, found: {error}.") from error

@@ -33,7 +33,7 @@ def load_rated_images(
     Raises ValueError, in one line, for what `load_captioned_images` and `check_images` refuse, a score that is not in
     `mos_range`, too few prompts to split, and a validation or test split with fewer than two different scores.
     """
-    splits = {}
+    splits, data = {}, dataset_name or train_data_dir
     for split in ("train", "validation", "test"):
         source = {"dataset_name": dataset_name, "train_data_dir": train_data_dir}
         name = _find_split(source, split, dataset_config_name)
@@ -49,7 +49,9 @@ def load_rated_images(
             seed=seed,
             split=name,
         )
-        _check_scores(rows, split, mos_column, mos_range)
+        if prompt_column is not None and isinstance(rows.features[prompt_column], datasets.List):
+            raise ValueError(f"--prompt_column {prompt_column} of {data}: expected one text per image, found lists.")
+        _check_scores(rows, data, split, mos_column, mos_range)
         splits[split] = check_images(rows, image_column, skip_bad_images)
 
     if prompt_column is None:
@@ -62,7 +64,7 @@ def load_rated_images(
         count = max(1, len(prompts) // 10)
         chosen, prompts = set(prompts[:count]), prompts[count:]
         if not prompts:
-            raise ValueError(f"Too few {unit} to split off {split}: expected at least 3, or files of its own.")
+            raise ValueError(f"{data}: too few {unit} to split off {split}: expected at least 3, or files of its own.")
         inside = [key in chosen for key in keys]
         splits[split] = splits["train"].select([i for i, yes in enumerate(inside) if yes])
         splits["train"] = splits["train"].select([i for i, yes in enumerate(inside) if not yes])
@@ -70,7 +72,7 @@ def load_rated_images(
     for split in ("validation", "test"):
         if len(set(splits[split][mos_column][:])) < 2:
             raise ValueError(
-                f"{split}: expected at least two different scores to rank, found {len(splits[split])} rows."
+                f"{data}, {split}: expected at least two different scores to rank, found {len(splits[split])} rows."
             )
     return datasets.DatasetDict({split: splits[split] for split in ("train", "validation", "test")})
 
@@ -90,13 +92,16 @@ def _find_split(source: dict, split: str, dataset_config_name: str | None) -> st
     return split if split == "train" or found else None
 
 
-def _check_scores(rows: datasets.Dataset, split: str, mos_column: str, mos_range: Sequence[float]) -> None:
+def _check_scores(rows: datasets.Dataset, data: str, split: str, mos_column: str, mos_range: Sequence[float]) -> None:
     if mos_column not in rows.column_names:
-        raise ValueError(f"--mos_column {mos_column}: expected one of {rows.column_names} ({split}).")
+        raise ValueError(f"--mos_column {mos_column}: expected one of {rows.column_names} ({split} of {data}).")
+    kind = str(getattr(rows.features[mos_column], "dtype", type(rows.features[mos_column]).__name__))
+    if not kind.startswith(("int", "uint", "float")):
+        raise ValueError(f"--mos_column {mos_column} of {data}: expected numbers, found {kind} ({split}).")
     low, high = mos_range
     for number, mos in enumerate(rows[mos_column][:]):
-        if not isinstance(mos, (int, float)) or not low <= mos <= high:
+        if mos is None or not low <= mos <= high:
             raise ValueError(
-                f"--mos_column {mos_column}, row {number} of {split}: expected a number from {low:g} to {high:g} "
+                f"--mos_column {mos_column} of {data}, row {number} of {split}: expected a number from {low:g} to {high:g} "
                 f"(--mos_range), found {mos!r}."
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 
+from acpo_utils.files import one_line
 from acpo_utils.rating_tables import (
     Row,
     Scale,
@@ -177,7 +178,8 @@ def _read_aigiqa_20k(root: Path, scale: Scale) -> dict[str, list[Row]]:
             rows = read_table(file, unrated, scale, headerless=tuple(unrated), cells=cells)
             for row in rows:
                 if row["image"] not in scores:
-                    raise ValueError(f"{file}, row {row['row']}: expected a score of {row['image']} in {complete}.")
+                    name = one_line(row["image"])
+                    raise ValueError(f"{file}, row {row['row']}: expected a score of {name} in {complete}.")
             rows = [row | {"mos": scores[row["image"]]} for row in rows]
         else:
             found = f"{file} has no scores" if file else f"there is no {' or '.join(names)}"

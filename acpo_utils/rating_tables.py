@@ -5,17 +5,20 @@ Rows are dictionaries with the number that the row has in its file, from 1, a he
 
 import csv
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from scipy.io import loadmat
+from acpo_utils.files import one_line
+from acpo_utils.mat_files import read_mat
 
 
 Row = dict[str, object]
 Scale = tuple[float, float]
 Cells = list[tuple[int, list]]
 
-TEXT = ("image", "name", "prompt", "generator")  # columns that hold text; all others hold numbers
+TEXT = ("image", "name", "prompt", "generator", "dis_img_path")  # columns that hold text; all others hold numbers
+MAX_CELLS = 10_000_000  # of a workbook's sheet, empty ones counted: twenty times the largest set's
 
 
 def find_file(root: Path, *names: str) -> Path | None:
@@ -51,9 +54,14 @@ def _read_workbook(file: Path) -> list[Sequence]:
     from openpyxl import load_workbook  # a tenth of a second, and only where a set's table is an .xlsx
 
     try:
-        return list(load_workbook(file, data_only=True).worksheets[0].iter_rows(values_only=True))
+        sheet = load_workbook(file, data_only=True).worksheets[0]
+        size = sheet.max_row * sheet.max_column
+        rows = list(sheet.iter_rows(values_only=True)) if size <= MAX_CELLS else []
     except Exception as error:  # openpyxl passes on what zip, XML and its own parts raise
         raise ValueError(f"{file}: expected an .xlsx workbook, found something else or damage.") from error
+    if size > MAX_CELLS:  # one stray cell at the far end is enough, and all up to it would be made
+        raise ValueError(f"{file}: expected a table, found cells in {sheet.dimensions}: delete those far from it.")
+    return rows
 
 
 def _read_text_table(file: Path) -> list[Sequence]:
@@ -94,7 +102,7 @@ def read_table(
     has_header = not set(columns).isdisjoint(first)
     names = first if has_header else list(headerless)[: len(first)]
     if missing := [name for name in columns if name not in names]:
-        found = ", ".join("(empty)" if cell is None else str(cell) for cell in cells[0][1])
+        found = one_line(", ".join("(empty)" if cell is None else str(cell) for cell in cells[0][1]))
         raise ValueError(
             f"{file}, row {cells[0][0]}: expected columns {', '.join(columns)}, found no {missing[0]} in {found}."
         )
@@ -114,18 +122,16 @@ def read_table(
 def read_numbers(file: Path, key: str, count: int, scale: Scale) -> list[float]:
     """`count` numbers in `scale`: variable `key` of a .mat file, of any shape, or the words of a .txt file.
 
-    Raises ValueError for a file that is neither, no such variable, another count, and, with its row, a number outside
-    the scale.
+    Raises ValueError for a file that is neither, no such variable of real numbers, another count, and, with its row, a
+    number outside the scale.
     """
     if file.suffix == ".mat":
-        try:
-            variables = loadmat(str(file))
-        except Exception as error:  # scipy raises a type of its own for each kind of damage
-            raise ValueError(f"{file}: expected a MATLAB file up to version 7.2, found something else.") from error
+        variables = read_mat(file)
         if key not in variables:
-            found = ", ".join(name for name in variables if not name.startswith("__")) or "nothing"
-            raise ValueError(f"{file}: expected variable {key}, found {found}.")
-        values = variables[key].ravel().tolist()
+            raise ValueError(f"{file}: expected variable {key}, found {one_line(', '.join(variables)) or 'nothing'}.")
+        if variables[key] is None:
+            raise ValueError(f"{file}: expected real numbers in {key}, found another kind of variable.")
+        values = variables[key].tolist()
     else:
         values = file.read_text(encoding="utf-8-sig", errors="replace").split()
     if len(values) != count:
@@ -142,9 +148,9 @@ def _check(file: Path, number: int, name: str, cell: object, scale: Scale) -> st
         return str(cell)
     low, high = (0.0, math.inf) if name.startswith("std") else scale
     try:
-        value = float(cell)
-    except (TypeError, ValueError):
-        value = math.nan  # which is in no range
+        value = math.nan if isinstance(cell, bool) else float(cell)  # nan is in no range
+    except (TypeError, ValueError, OverflowError):  # a date, a word, a number of 400 digits
+        value = math.nan
     if not low <= value <= high or math.isinf(value):
         expected = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of at least {low:g}"
         raise ValueError(f"{file}, row {number}: expected {expected} for {name}, found {found}.")
@@ -157,9 +163,12 @@ def find_images(file: Path, rows: list[Row], root: Path, *patterns: str) -> list
     The first of `patterns` (such as "images/{image}", filled in from the row) that fits the first row must fit all of
     them. Raises ValueError, naming file and row, for an image that is missing, or listed twice.
     """
-    pattern = next((pattern for pattern in patterns if (root / pattern.format(**rows[0])).is_file()), None)
+    if not rows:
+        raise ValueError(f"{file}: expected rows with images, found none.")
+    # os.path.isfile() is False for what cannot be a name; Path.is_file() raises OSError for one that is too long.
+    pattern = next((pattern for pattern in patterns if os.path.isfile(root / pattern.format(**rows[0]))), None)
     if pattern is None:
-        names = " or ".join(pattern.format(**rows[0]) for pattern in patterns)
+        names = one_line(" or ".join(pattern.format(**rows[0]) for pattern in patterns))
         raise ValueError(f"{file}, row {rows[0]['row']}: expected image {names} in {root}, found none.")
     seen, found = {}, []
     for row in rows:
@@ -167,8 +176,8 @@ def find_images(file: Path, rows: list[Row], root: Path, *patterns: str) -> list
         if image in seen:
             first = seen[image]
             raise ValueError(f"{file}, row {row['row']}: expected each image once, found {image} in row {first} too.")
-        if not image.is_file():
-            raise ValueError(f"{file}, row {row['row']}: expected image {image}, found none.")
+        if not os.path.isfile(image):
+            raise ValueError(f"{file}, row {row['row']}: expected image {one_line(image)}, found none.")
         seen[image] = row["row"]
         found.append(row | {"image": str(image)})
     return found

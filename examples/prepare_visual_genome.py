@@ -48,7 +48,7 @@ def read_region_descriptions(path: Path) -> Iterator[tuple[int, list[str]]]:
     if not path.is_file():
         raise ValueError(f"--region_descriptions {path}: expected the file region_descriptions.json, found none.")
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, found an undecodable byte at {error.start}.") from error
     if not text.startswith("["):
@@ -60,6 +60,7 @@ def read_region_descriptions(path: Path) -> Iterator[tuple[int, list[str]]]:
         if text[position : position + 1] == "]":
             return
         number += 1
+        start = position
         try:
             entry, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
@@ -67,13 +68,16 @@ def read_region_descriptions(path: Path) -> Iterator[tuple[int, list[str]]]:
                 f"{path}: malformed JSON in image {number}, line {error.lineno}, column {error.colno} "
                 f"(character {error.pos} of {len(text)}): {error.msg}. Download or unpack it again."
             ) from error
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists nested as deep
+            raise ValueError(f"{path}: malformed JSON in image {number}: {error}.") from error
         try:
             image_id = int(entry["image_id"] if "image_id" in entry else entry["id"])
             phrases = [" ".join(region["phrase"].split()) for region in entry["regions"]]
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            "".join(phrases).encode()  # raises UnicodeEncodeError for half of a surrogate pair, which JSON may hold
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:  # int(inf) overflows
             raise ValueError(
                 f'{path}: image {number}: expected {{"id" or "image_id", "regions": [{{"phrase"}}, ...]}}, '
-                f"found {str(entry)[:80]}."
+                f"found {text[start:position][:80]!r}."
             ) from error
         yield image_id, [phrase for phrase in phrases if phrase]
 
