@@ -70,6 +70,7 @@ def load_captioned_images(
         _check_captions(dataset, caption_column, source)
 
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    dataset.info.description = str(source)  # for the messages of check_images()
     if max_train_samples is not None and max_train_samples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_train_samples))
     return dataset
@@ -172,15 +173,16 @@ def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = list(tqdm(pool.map(problem, range(len(images))), total=len(images), desc="Checking images"))
     bad = [text for text in problems if text is not None]
+    first = f"{bad[0]}, in {dataset.info.description or 'the images given'}" if bad else ""
     if bad and not skip_bad_images:
         raise ValueError(
-            f"{len(bad)} of {len(problems)} images cannot be read, the first: {bad[0]}. "
+            f"{len(bad)} of {len(problems)} images cannot be read, the first: {first}. "
             "Repair or remove them, or pass --skip_bad_images."
         )
     if len(bad) == len(problems):
-        raise ValueError(f"None of the {len(problems)} images can be read, the first: {bad[0]}.")
+        raise ValueError(f"None of the {len(problems)} images can be read, the first: {first}.")
     if bad:
-        logger.warning("Skipped %d of %d images that cannot be read, the first: %s", len(bad), len(problems), bad[0])
+        logger.warning("Skipped %d of %d images that cannot be read, the first: %s", len(bad), len(problems), first)
         return dataset.select([row for row, text in enumerate(problems) if text is None])
     return dataset
 
