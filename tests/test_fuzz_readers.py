@@ -26,6 +26,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 from openpyxl import Workbook
 from PIL import Image
 from pyarrow import parquet
@@ -334,8 +335,8 @@ READERS = {
     "compressed.mat": Reader(lambda folder: rating_mat(folder, compress=True), numbers),
     "numbers.txt": Reader(text_file("moz1.txt", "1 20.5\n30 40 50\n100\n"), numbers, text=True),
     "rating set": Reader(rating_csv, rating_set, text=True, quick=20),
-    "KADID table": Reader(lambda folder: write_kadid_table(folder / "package"), kadid_scores, text=True, quick=8),
-    "KADID photographs": Reader(parquet_file("train.parquet", image=CELLS[:2], name=["a", "b"]), photographs, quick=4),
+    "KADID table": Reader(lambda folder: write_kadid_table(folder / "package"), kadid_scores, text=True, quick=4),
+    "KADID photographs": Reader(parquet_file("train.parquet", image=CELLS[:2], name=["a", "b"]), photographs, quick=2),
     "metadata.jsonl": Reader(image_folder, captioned, text=True, quick=6),
     "images.parquet": Reader(parquet_file("train.parquet", image=CELLS[:3], text=["a", "b", "c"]), captioned, quick=6),
     "unconditional": Reader(parquet_file("train.parquet", img=CELLS[:3], label=[1, 2, 3]), unconditional, quick=4),
@@ -356,7 +357,9 @@ def reader(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def installed_kadid_table(tmp_path_factory):
+def surroundings(tmp_path_factory):
+    """KADID's table as if it were installed, and no folder .hypothesis in the repository."""
+    set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(write_kadid_table(tmp_path_factory.mktemp("kadid")).parents[2])
         yield
