@@ -168,7 +168,7 @@ def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: 
             read_image(cell)
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             name = one_line((cell or {}).get("path") or f"row {row}")
-            return f"{name} ({one_line(error)})"
+            return f"{name} ({one_line(error) if cell else 'it has none'})"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = list(tqdm(pool.map(problem, range(len(images))), total=len(images), desc="Checking images"))
