@@ -255,10 +255,14 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
             raise ValueError(f"--resume_from_checkpoint: expected the folder {inside} or {path}, found neither.")
     checkpoint_step(path)
 
-    states = [f"random_states_{rank}.pkl" for rank in range(num_processes)]
-    for name in ["optimizer.bin", "scheduler.bin", *states]:
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
         if not (path / name).is_file():
             raise ValueError(f"Checkpoint {path} is incomplete: {name} is missing. Resume from another one.")
+    if (written_by := len(list(path.glob("random_states_*.pkl")))) != num_processes:
+        raise ValueError(
+            f"Checkpoint {path} is of {written_by} process(es), this run has {num_processes}: its place in the data and in "
+            f"the schedule would be wrong. Resume with --num_processes {written_by}, or start anew from its weights."
+        )
     if not (weights := sorted(path.glob("*.safetensors"))):
         raise ValueError(f"Checkpoint {path} is incomplete: it holds no .safetensors file. Resume from another one.")
     for file in [*weights, *sorted(path.glob("*.bin")), *sorted(path.glob("*.pkl")), *sorted(path.glob("*.pt"))]:

@@ -81,8 +81,8 @@ def acpo_objective(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """L = L_diff + lambda_anchor L_anchor + lambda_quality L_quality (ACPO eq. 9).
 
-    A term that was not computed is None and adds nothing. Returns the scalar total, and the detached terms by the
-    names under which they are logged: `loss`, `loss_diffusion`, `loss_anchor`, `loss_quality`.
+    A term that was not computed is None and adds nothing. Returns the scalar total, and the terms, unweighted and with
+    their graph, by the names under which they are logged: `loss`, `loss_diffusion`, `loss_anchor`, `loss_quality`.
 
     Raises:
         ValueError: if every term is None.
@@ -96,4 +96,4 @@ def acpo_objective(
     if not present:
         raise ValueError("nothing to optimise: the diffusion, the anchor and the quality loss are all switched off")
     total = sum(weight * term for weight, term in present.values())
-    return total, {"loss": total.detach()} | {name: term.detach() for name, (_, term) in present.items()}
+    return total, {"loss": total} | {name: term for name, (_, term) in present.items()}

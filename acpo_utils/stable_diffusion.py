@@ -40,6 +40,15 @@ def load_stable_diffusion(pretrained_model_name_or_path: str, revision, variant,
     return noise_scheduler, tokenizer, text_encoder, vae, unet
 
 
+def compile_models(unet: torch.nn.Module, decoder: torch.nn.Module, backend: str = "inductor") -> None:
+    """torch.compile of the U-Net and of the decoder's network, in place: names of weights and checkpoints stay the same.
+
+    The U-Net is compiled twice at its first calls: with the LoRA, and without it for the anchor.
+    """
+    unet.compile(backend=backend)
+    decoder.decoder.compile(backend=backend)
+
+
 def load_tiny_vae(pretrained_model_name_or_path: str, vae: AutoencoderKL) -> AutoencoderTiny:
     """A frozen AutoencoderTiny (TAESD) in fp32 beside `vae`. Raises ValueError, in one line, unless it decodes the
     latents of `vae`."""

@@ -13,30 +13,26 @@ With neither data nor model named it runs the embedded demo, on a CPU in minutes
 import argparse
 import copy
 import json
-import logging
 import math
-import os
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 from acpo_utils import comparison
 from acpo_utils.anchor import base_prediction, without_adapter
-from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint
+from acpo_utils.balance import Balance
+from acpo_utils.checkpoints import atomic_write, find_checkpoint
 from acpo_utils.data import check_images
 from acpo_utils.ddpm import SAMPLERS, build_pipeline, load_ddpm, new_unet, save_ddpm, usage_example
 from acpo_utils.ema import ema_weights, register_ema_hooks
@@ -44,7 +40,9 @@ from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, l
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.late_step import denoise_late_steps, late_window, rollout_late_samples, sample_late_timesteps
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
+from acpo_utils.runs import RunState, resume, start_run
 from acpo_utils.seeds import step_generator
+from acpo_utils.shares import own_batches, share
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.threads import use_all_cpus
 from acpo_utils.trackers import log_images
@@ -103,7 +101,7 @@ def training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator,
     losses = (loss_diffusion, loss_anchor, loss_quality)
     weights = (args.diffusion_weight, args.anchor_weight, args.quality_weight)
     loss, terms = acpo_objective(*losses, *weights)  # L (eq. 9)
-    return loss, terms if scores is None else terms | {"score": scores.detach().mean()}
+    return loss, terms if scores is None else terms | {"score": scores, "late_timesteps": late_timesteps}
 
 
 def predict_noise(unet, gradient_checkpointing, samples, timesteps):
@@ -128,6 +126,7 @@ DEMO = {
     "quality_weight": 0.3,
     "learning_rate": 5e-4,
     "max_train_steps": 40,
+    "balance_steps": 20,
     "sampler": "ddim",
     "ddpm_num_inference_steps": 20,
     "num_eval_images": 64,
@@ -182,6 +181,7 @@ def parse_args():
     add("--late_steps", type=int, default=1, help="K denoising steps from t to 0; 1 is the one-step estimate")
     add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
     add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
+    add("--balance_steps", type=int, default=100, help="how often to measure each term's share of the gradient; 0: never")
     # LoRA, optimizer and EMA
     add("--rank", type=int, default=4, help="of the LoRA; 0 trains all weights, anchored to a frozen copy")
     add("--lora_alpha", type=int, help="default: the rank")
@@ -205,6 +205,7 @@ def parse_args():
     add("--ema_max_decay", type=float, default=0.9999)
     add("--mixed_precision", choices=["no", "fp16", "bf16"])
     add("--allow_tf32", action="store_true")
+    add("--torch_compile", action="store_true", help="the U-Net, at the first step: minutes")
     # Noise schedule: of a pretrained pipeline its own
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], default="epsilon", help="from scratch")
     add("--ddpm_num_steps", type=int, default=1000, help="from scratch: number of training timesteps")
@@ -333,22 +334,7 @@ def add_lora(unet, args):
 
 
 def main(args):
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
-        ),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=2))
-        ],  # others wait while the first one samples
-    )
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    set_seed(args.seed)
+    accelerator = start_run(args)
     if args.demo:
         in_force = ", ".join(f"{name} {getattr(args, name)}" for name in DEMO if "/" not in str(getattr(args, name)))
         logger.info(
@@ -357,14 +343,6 @@ def main(args):
         )
         if accelerator.device.type == "cpu":
             use_all_cpus()
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        os.makedirs(args.output_dir, exist_ok=True)
-        with atomic_write(Path(args.output_dir, "args.json")) as temporary:
-            temporary.write_text(json.dumps({k: v for k, v in vars(args).items() if k != "hub_token"}, indent=2))
-    except OSError as error:
-        raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
     resume_from = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.num_processes)
 
     # Data is checked before any model is loaded.
@@ -402,6 +380,9 @@ def main(args):
     base_unet = None if args.scratch else unet  # with a LoRA: the same weights, the LoRA off
     if not args.scratch and not args.rank:
         base_unet = copy.deepcopy(accelerator.unwrap_model(unet)).requires_grad_(False)
+    if args.torch_compile:
+        for model in filter(None, (accelerator.unwrap_model(unet), base_unet)):
+            model.compile()
     ema = None
     if args.use_ema:
         decay = {"decay": args.ema_max_decay, "inv_gamma": args.ema_inv_gamma, "power": args.ema_power}
@@ -409,25 +390,18 @@ def main(args):
         register_ema_hooks(accelerator, ema)
     if args.rank:
         register_adapter_hooks(accelerator, unet)
+    balance = Balance(accelerator, parameters, args.tmax) if args.balance_steps else None
+    run = RunState(accelerator, args.train_batch_size)
+    accelerator.register_for_checkpointing(*filter(None, (run, balance)))
 
     # Sample n of the run is a function of (seed, n) alone, so resuming means to start counting at n.
-    first_step = 0
-    if resume_from is not None:
-        try:
-            accelerator.load_state(str(resume_from))
-        except RuntimeError as error:
-            raise ValueError(f"{resume_from} is of another model: {' '.join(str(error).split())[:200]}") from error
-        first_step = checkpoint_step(resume_from)
-        logger.info(f"Resuming from {resume_from} at step {first_step}")
+    first_step = resume(accelerator, resume_from)
     num_samples, crop = args.max_train_steps * samples_per_step, (args.center_crop, args.random_flip)
     train_set = UnconditionalImages(dataset, args.resolution, num_samples, args.seed, *crop)
-    own_samples = range(
-        first_step * samples_per_step + accelerator.process_index, num_samples, accelerator.num_processes
-    )
     batches = iter(
         DataLoader(
-            Subset(train_set, own_samples),
-            batch_size=args.train_batch_size,
+            train_set,
+            batch_sampler=own_batches(first_step, args.max_train_steps, args.train_batch_size, accelerator),
             num_workers=args.dataloader_num_workers,
             generator=torch.Generator().manual_seed(args.seed),
         )
@@ -452,38 +426,31 @@ def main(args):
         total=args.max_train_steps,
         disable=not accelerator.is_local_main_process,
     )
-    skipped_steps = skipped_in_a_row = 0
     catch_sigterm(accelerator)
+    weights = (args.diffusion_weight, args.anchor_weight, args.quality_weight)
     for step in progress:
+        measured = {}
         for micro_step in range(args.gradient_accumulation_steps):
             batch = {name: tensor.to(accelerator.device) for name, tensor in next(batches).items()}
-            generator = step_generator(args.seed, step, micro_step, accelerator.process_index)
+            generator = step_generator(args.seed, step, share(micro_step, accelerator), 0)
             with accelerator.accumulate(unet):
                 loss, terms = training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator, args)
+                if balance and accelerator.sync_gradients and (step + 1) % args.balance_steps == 0:
+                    measured = balance.measure(terms, *weights, step + 1)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm).item()
-                    finite = math.isfinite(grad_norm)
-                    # fp16's loss scaler skips the step itself, and must see it in order to lower its scale.
-                    if not finite and accelerator.scaler is None:
-                        optimizer.zero_grad()
+                    grad_norm = run.clip(accelerator, optimizer, parameters, args.max_grad_norm, step + 1)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
         if ema is not None:
             ema.step(parameters)
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        skipped_steps += not finite
-        if skipped_in_a_row == 10:
-            raise FloatingPointError(
-                f"the gradient was not finite in ten steps in a row, up to step {step + 1}: lower --learning_rate or "
-                f"--quality_weight, or use bf16 in place of fp16. Checkpoints in {args.output_dir} are as they were."
-            )
         # Of several guides each one's own score too.
         terms |= {f"score_{name}": score for name, score in getattr(evaluator, "last_scores", {}).items()}
-        logs = {name: term.item() for name, term in terms.items()}
+        means = {name: term.detach().mean() for name, term in terms.items() if name != "late_timesteps"}
+        logs = {name: mean.item() for name, mean in accelerator.reduce(means, "mean").items()}
         logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
-        accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step + 1)
+        accelerator.log(logs | measured | {"skipped_steps": run.skipped_steps}, step=step + 1)
         progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
 
         due = (step + 1) % args.checkpointing_steps == 0
@@ -510,7 +477,7 @@ def main(args):
             save_model(unet, noise_scheduler, args)
             release_sigterm()  # what follows can be had again
             held_out = held_out and to_tensor(held_out, args.resolution)  # (M, 3, H, W) in [0, 1]
-            finish(unet, base_unet, noise_scheduler, evaluator, judges, held_out, skipped_steps, args)
+            finish(unet, base_unet, noise_scheduler, evaluator, judges, held_out, run.skipped_steps, args)
     accelerator.end_training()
 
 

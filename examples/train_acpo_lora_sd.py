@@ -9,30 +9,26 @@ With no model named it runs the embedded demo, on a CPU in minutes. README.md ha
 # SPDX-License-Identifier: Apache-2.0
 import argparse
 import json
-import logging
-import math
-import os
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 from acpo_utils import comparison
 from acpo_utils.anchor import base_prediction
 from acpo_utils.anchor_budget import AnchorBudget
+from acpo_utils.balance import Balance
 from acpo_utils.checkpoints import (
     atomic_write,
-    checkpoint_step,
     find_checkpoint,
     load_lora,
     read_lora_config,
@@ -54,11 +50,14 @@ from acpo_utils.late_step import (
 from acpo_utils.latent_cache import CachedLatents
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.prompts import Prompts, read_prompts
+from acpo_utils.runs import RunState, resume, start_run
 from acpo_utils.seeds import step_generator
+from acpo_utils.shares import own_batches, share
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.stable_diffusion import (
     build_pipeline,
     cast_vae,
+    compile_models,
     encode_images,
     encode_prompts,
     latent_factor,
@@ -121,7 +120,7 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
     losses = (loss_diffusion, loss_anchor, loss_quality)
     weights = (args.diffusion_weight, args.anchor_weight, args.quality_weight)
     loss, terms = acpo_objective(*losses, *weights)  # L (eq. 9)
-    return loss, terms if scores is None else terms | {"score": scores.detach().mean()}
+    return loss, terms if scores is None else terms | {"score": scores, "late_timesteps": late_timesteps}
 
 
 def predict_with_lora(unet, prompt_embeds, latents, timesteps):
@@ -146,6 +145,7 @@ DEMO = {
     "quality_weight": 2.0,
     "learning_rate": 5e-4,
     "max_train_steps": 45,
+    "balance_steps": 15,
     "num_eval_prompts": 300,
     "num_inference_steps": 15,
     "guidance_scale": 2.0,
@@ -196,6 +196,12 @@ def parse_args():
     add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
     add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
     add(
+        "--balance_steps",
+        type=int,
+        default=100,
+        help="how often to measure each term's share of the gradient; 0: never",
+    )
+    add(
         "--decode",
         choices=["full", "crop", "tiny"],
         default="full",
@@ -225,6 +231,7 @@ def parse_args():
     add("--max_grad_norm", type=float, default=1.0)
     add("--mixed_precision", choices=["no", "fp16", "bf16"])
     add("--allow_tf32", action="store_true")
+    add("--torch_compile", action="store_true", help="the U-Net and the decoder, at the first step: minutes")
     # Validation and final comparison
     add("--validation_prompt", help="sampled every --validation_steps")
     add("--num_validation_prompts", type=int, default=32, help="of --eval_prompts, base beside LoRA then; 0: off")
@@ -328,18 +335,7 @@ def add_lora(unet, args):
 
 
 def main(args):
-    logging_dir = Path(args.output_dir, args.logging_dir)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
-    )
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    set_seed(args.seed)
+    accelerator = start_run(args)
     if args.demo:
         in_force = ", ".join(f"{name} {getattr(args, name)}" for name in DEMO if "/" not in str(getattr(args, name)))
         logger.info(
@@ -349,14 +345,6 @@ def main(args):
         )
         if accelerator.device.type == "cpu":
             use_all_cpus()
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        os.makedirs(args.output_dir, exist_ok=True)
-        with atomic_write(Path(args.output_dir, "args.json")) as temporary:
-            temporary.write_text(json.dumps({k: v for k, v in vars(args).items() if k != "hub_token"}, indent=2))
-    except OSError as error:
-        raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.num_processes)
 
     # Data and prompts are checked before any model is loaded.
@@ -387,6 +375,8 @@ def main(args):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         decoder.enable_gradient_checkpointing()
+    if args.torch_compile:
+        compile_models(unet, decoder)
 
     optimizer = torch.optim.AdamW(
         lora_parameters,
@@ -409,16 +399,15 @@ def main(args):
         sample_fixed = partial(sample, description="validation", args=args)
         alarm = HackingAlarm(validation_prompts, sample_fixed, *scorers, args.output_dir, keep_best)
     budget = AnchorBudget(args.anchor_budget, args.anchor_weight) if args.anchor_budget else None
-    accelerator.register_for_checkpointing(*filter(None, (alarm, budget)))
+    balance = Balance(accelerator, lora_parameters, args.tmax) if args.balance_steps else None
+    run = RunState(accelerator, args.train_batch_size)
+    accelerator.register_for_checkpointing(*filter(None, (run, alarm, budget, balance)))
 
     # Sample n of the run is a function of (seed, n) alone, so resuming means to start counting at n.
-    first_step = 0
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        first_step = checkpoint_step(checkpoint)
-        logger.info(f"Resuming from {checkpoint} at step {first_step}")
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    num_samples = args.max_train_steps * samples_per_step
+    first_step = resume(accelerator, checkpoint)
+    num_samples = (
+        args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    )
     if args.train_prompts:
         train_set = Prompts(dataset, tokenizer, num_samples, args.seed)
     else:
@@ -430,13 +419,10 @@ def main(args):
             train_set.build(vae, text_encoder, accelerator)
         else:
             train_set = CaptionedImages(dataset, tokenizer, args.resolution, center_crop=args.center_crop, **options)
-    own_samples = range(
-        first_step * samples_per_step + accelerator.process_index, len(train_set), accelerator.num_processes
-    )
     batches = iter(
         DataLoader(
-            Subset(train_set, own_samples),
-            batch_size=args.train_batch_size,
+            train_set,
+            batch_sampler=own_batches(first_step, args.max_train_steps, args.train_batch_size, accelerator),
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             generator=torch.Generator().manual_seed(args.seed),
@@ -473,40 +459,33 @@ def main(args):
         total=args.max_train_steps,
         disable=not accelerator.is_local_main_process,
     )
-    skipped_steps = skipped_in_a_row = 0
     catch_sigterm(accelerator)
     for step in progress:
+        measured = {}
         for micro_step in range(args.gradient_accumulation_steps):
-            generator = step_generator(args.seed, step, micro_step, accelerator.process_index)
+            generator = step_generator(args.seed, step, share(micro_step, accelerator), 0)
             step_args = argparse.Namespace(**vars(args) | ({"anchor_weight": budget.weight} if budget else {}))
             with accelerator.accumulate(unet):
                 loss, terms = training_step(
                     next_batch(), unet, vae, decoder, text_encoder, evaluator, noise_scheduler, generator, step_args
                 )
+                if balance and accelerator.sync_gradients and (step + 1) % args.balance_steps == 0:
+                    weights = (step_args.diffusion_weight, step_args.anchor_weight, step_args.quality_weight)
+                    measured = balance.measure(terms, *weights, step + 1)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm).item()
-                    finite = math.isfinite(grad_norm)
-                    # fp16's loss scaler skips the step itself, and must see it in order to lower its scale.
-                    if not finite and accelerator.scaler is None:
-                        optimizer.zero_grad()
+                    grad_norm = run.clip(accelerator, optimizer, lora_parameters, args.max_grad_norm, step + 1)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        skipped_steps += not finite
-        if skipped_in_a_row == 10:
-            raise FloatingPointError(
-                f"the gradient was not finite in ten steps in a row, up to step {step + 1}: lower --learning_rate or "
-                f"--quality_weight, or use bf16 in place of fp16. Checkpoints in {args.output_dir} are as they were."
-            )
         # Of several guides each one's own score too.
         terms |= {f"score_{name}": score for name, score in getattr(evaluator, "last_scores", {}).items()}
-        logs = {name: term.item() for name, term in terms.items()}
+        means = {name: term.detach().mean() for name, term in terms.items() if name != "late_timesteps"}
+        logs = {name: mean.item() for name, mean in accelerator.reduce(means, "mean").items()}
         logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
         if budget:
-            logs["anchor_weight"] = budget.update(accelerator.reduce(terms["loss_anchor"], "mean").item())
-        accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step + 1)
+            logs["anchor_weight"] = budget.update(logs["loss_anchor"])
+        accelerator.log(logs | measured | {"skipped_steps": run.skipped_steps}, step=step + 1)
         progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
 
         if (step + 1) % args.validation_steps == 0 and (args.validation_prompt or alarm):
@@ -531,7 +510,7 @@ def main(args):
         release_sigterm()  # what follows can be had again
         pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
         scorers = guide_parts(evaluator) | judges
-        events = {"skipped_steps": skipped_steps, "hacking_alarms": alarm.rang if alarm else {}}
+        events = {"skipped_steps": run.skipped_steps, "hacking_alarms": alarm.rang if alarm else {}}
         finish(pipeline, scorers, eval_prompts, events, accelerator.device, args)
     accelerator.end_training()
 

@@ -10,7 +10,6 @@ the stages, docs/datasets.md the rating sets.
 # SPDX-License-Identifier: Apache-2.0
 import argparse
 import json
-import logging
 import math
 import os
 from itertools import accumulate
@@ -18,9 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import Image
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -35,6 +32,7 @@ from acpo_utils.hub import push_to_hub, save_model_card
 from acpo_utils.rated_images import load_rated_images
 from acpo_utils.rating_reports import agreement_table, matched_above_mismatched, save_scatter
 from acpo_utils.rating_sets import TARGETS
+from acpo_utils.runs import RunState, resume, start_run
 from acpo_utils.seeds import EpochOrder, step_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.stages import ScoreMaps, Stage, check_stage, read_stages, to_scale, value_per_stage
@@ -377,7 +375,7 @@ def finish(reports, args):
         push_to_hub(output_dir, args.hub_model_id, args.hub_token, "End of training")
 
 
-def train_stage(number, stage, start, end, checkpoint, best, accelerator, args):
+def train_stage(number, stage, start, end, checkpoint, best, run, accelerator, args):
     """Steps `start` + 1 to `end` of the run, from the last stage's best evaluator, or from a checkpoint of this one."""
     model = build_model(args, best_folder(number - 1, args) if number > 1 else args.init_evaluator)
     model = model.to(accelerator.device)
@@ -415,19 +413,17 @@ def train_stage(number, stage, start, end, checkpoint, best, accelerator, args):
     )
     maps = accelerator.prepare(maps) if args.stages else None
     best.load_state_dict(vars(Best(number)))
-    if checkpoint:
-        accelerator.load_state(str(checkpoint))
-        if best.step and not best_folder(number, args).is_dir():
-            raise ValueError(
-                f"{checkpoint} goes with the evaluator of step {best.step} in {best_folder(number, args)}, which is missing."
-            )
+    resume(accelerator, checkpoint)
+    if checkpoint and best.step and not best_folder(number, args).is_dir():
+        raise ValueError(
+            f"{checkpoint} goes with the evaluator of step {best.step} in {best_folder(number, args)}, which is missing."
+        )
     logger.info(f"***** Running training{f', stage {number}: ' + ', '.join(stage.names) if args.stages else ''} *****")
     logger.info(
         f"  rows: {', '.join(f'{len(rows)} {split}' for split, rows in stage.splits.items())}; "
         f"{sum(p.numel() for p in clip + head)} trained parameters; steps {step}..{end}"
     )
     progress = tqdm(total=end, initial=step, disable=not accelerator.is_local_main_process)
-    skipped_steps, skipped_in_a_row = 0, 0
     catch_sigterm(accelerator)
     model.train()
     for batch in loader:
@@ -435,27 +431,17 @@ def train_stage(number, stage, start, end, checkpoint, best, accelerator, args):
             loss = training_step(model, batch, maps)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(clip + head, args.max_grad_norm).item()
-                finite = math.isfinite(grad_norm)
-                # fp16's loss scaler skips the step itself, and must see it in order to lower its scale.
-                if not finite and accelerator.scaler is None:
-                    optimizer.zero_grad()
+                grad_norm = run.clip(accelerator, optimizer, clip + head, args.max_grad_norm, step + 1)
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
         step += 1
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        skipped_steps += not finite
-        if skipped_in_a_row == 10:
-            raise FloatingPointError(
-                f"the gradient was not finite in ten steps in a row, up to step {step}: lower --learning_rate, or use "
-                f"bf16 in place of fp16. Checkpoints in {args.output_dir} are as they were."
-            )
         progress.update()
-        logs = {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
-        accelerator.log(logs | {"skipped_steps": skipped_steps}, step=step)
+        mean_loss = accelerator.reduce(loss.detach(), "mean").item()
+        logs = {"loss": mean_loss, "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        accelerator.log(logs | {"skipped_steps": run.skipped_steps}, step=step)
         progress.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
         if step % args.validation_steps == 0 or step == end:
             scores = predict(model, validation_loader, accelerator, "validation")
@@ -485,26 +471,7 @@ def train_stage(number, stage, start, end, checkpoint, best, accelerator, args):
 
 
 def main(args):
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
-        ),
-    )
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO
-    )
-    set_seed(args.seed)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        os.makedirs(args.output_dir, exist_ok=True)
-        with atomic_write(Path(args.output_dir, "args.json")) as temporary:
-            temporary.write_text(json.dumps({k: v for k, v in vars(args).items() if k != "hub_token"}, indent=2))
-    except OSError as error:
-        raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
+    accelerator = start_run(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.num_processes)
     with accelerator.main_process_first():
         stages = load_stages(args)
@@ -523,15 +490,16 @@ def main(args):
         raise ValueError(f"{checkpoint} is already at step {first_step} of --max_train_steps {ends[-1]}.")
     if checkpoint:
         check_stage(checkpoint, first_step, ends)
-    best = Best()
-    accelerator.register_for_checkpointing(best)
+    best, run = Best(), RunState(accelerator, args.train_batch_size)
+    accelerator.register_for_checkpointing(best, run)
     accelerator.init_trackers(
         "acpo-iqa-ipce", config={k: str(v) for k, v in vars(args).items() if v is not None and k != "hub_token"}
     )
     reports = []
     for number, (stage, start, end) in enumerate(zip(stages, [0, *ends], ends), start=1):
         if first_step <= end:
-            train_stage(number, stage, start, end, checkpoint if first_step > start else None, best, accelerator, args)
+            resumed = checkpoint if first_step > start else None
+            train_stage(number, stage, start, end, resumed, best, run, accelerator, args)
         elif not (report := best_folder(number, args) / "metrics.json").is_file():
             raise ValueError(f"{checkpoint} comes after stage {number}: expected its report {report}, found none.")
         reports.append(finish_stage(number, stage, best, accelerator, args))

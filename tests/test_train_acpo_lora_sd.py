@@ -178,7 +178,8 @@ def test_two_guides_with_weights(flags, tmp_path, tiny_guide):
     (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\n")
     specs = [f"ipce:{tiny_guide}", f"two-stream:{tmp_path / 'quality'}"]
     out = launch(
-        *flags(evaluator=specs, evaluator_weight=[1.4, 0.6], max_train_steps=1, report_to="tensorboard"),
+        *flags(evaluator=specs, evaluator_weight=[1.4, 0.6], max_train_steps=2, report_to="tensorboard"),
+        *["--balance_steps", "2"],
         *["--eval_prompts", tmp_path / "prompts.txt", "--num_inference_steps", "2"],
     )
     settings = json.loads((tmp_path / "out" / "args.json").read_text())
@@ -195,6 +196,12 @@ def test_two_guides_with_weights(flags, tmp_path, tiny_guide):
     log = EventAccumulator(str(events)).Reload()
     score, *parts = (log.Scalars(tag)[0].value for tag in ("score", "score_ipce-guide", "score_two-stream-quality"))
     assert score == pytest.approx(0.7 * parts[0] + 0.3 * parts[1], abs=1e-5)
+    shares = [log.Scalars(f"balance/loss_{name}_share") for name in ("diffusion", "anchor", "quality")]
+    assert [share.step for (share,) in shares] == [2, 2, 2]
+    assert sum(share.value for (share,) in shares) == pytest.approx(1.0) and all(
+        share.value > 0 for (share,) in shares
+    )
+    assert any(tag.startswith("balance/quality_grad_norm_t_") for tag in log.Tags()["scalars"])
 
 
 def test_the_demos_own_guide_gives_way_to_a_named_one(monkeypatch):

@@ -1,0 +1,135 @@
+"""How every training run begins, is resumed and survives a step that went wrong: the same in all four scripts."""
+
+import json
+import logging
+import math
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+
+from acpo_utils.checkpoints import atomic_write, checkpoint_step
+
+
+logger = get_logger(__name__, log_level="INFO")
+SKIPPED_IN_A_ROW = 10
+
+
+def start_run(args) -> Accelerator:
+    """The accelerator, the log's form, the seed, and OUTPUT_DIR/args.json, before anything is loaded.
+
+    Args:
+        args: a training script's, by the names that diffusers uses.
+
+    Raises:
+        ValueError: for a way of launching that the scripts are not made for (DeepSpeed, FSDP, Megatron-LM; processes
+            that would train apart), or an --output_dir that cannot be written to.
+    """
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+        ),
+        # The others wait while the first process samples and scores, which may take longer than NCCL's ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    _check_launch(accelerator)
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request to the hub
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with atomic_write(Path(args.output_dir, "args.json")) as temporary:
+            temporary.write_text(json.dumps({k: v for k, v in vars(args).items() if k != "hub_token"}, indent=2))
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
+    return accelerator
+
+
+def _check_launch(accelerator) -> None:
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise ValueError(f"distributed_type {kind.value}: expected NO or MULTI_GPU (docs/scaling.md says why).")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, and each would train alone: without GPUs set ACCELERATE_USE_CPU=true."
+        )
+
+
+def resume(accelerator, checkpoint: Path | None) -> int:
+    """Loads `checkpoint`, one that `find_checkpoint` returned, and returns its step; 0 if there is none.
+
+    Raises:
+        ValueError: if it is of a run with other models, another split of a step into batches, or other options.
+    """
+    if checkpoint is None:
+        return 0
+    try:
+        accelerator.load_state(str(checkpoint))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{checkpoint} is of another model or of other options (--anchor_budget, --balance_steps, --judge, "
+            f"--eval_prompts): {' '.join(str(error).split())[:200]}"
+        ) from error
+    step = checkpoint_step(checkpoint)
+    logger.info(f"Resuming from {checkpoint} at step {step}")
+    return step
+
+
+class RunState:
+    """What a checkpoint keeps of the run itself: how a step is split, and the steps that were skipped.
+
+    Register it for checkpointing. The place in the data is the step times the samples of a step, so that a run goes on
+    with the split that it began with.
+    """
+
+    def __init__(self, accelerator, train_batch_size: int):
+        self.split = {
+            "train_batch_size": train_batch_size,
+            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        }
+        self.skipped_steps = self.skipped_in_a_row = 0
+
+    def clip(self, accelerator, optimizer, parameters: list, max_grad_norm: float, step: int) -> float:
+        """Clips the gradients of `step` and returns their norm; they are dropped, and counted, if it is not finite.
+
+        Raises FloatingPointError at the tenth such step in a row.
+        """
+        norm = accelerator.clip_grad_norm_(parameters, max_grad_norm).item()
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return norm
+        # fp16's loss scaler skips the step itself, and must see it in order to lower its scale.
+        if accelerator.scaler is None:
+            optimizer.zero_grad()
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"the gradient was not finite in ten steps in a row, up to step {step}: lower --learning_rate, and in "
+                "stage 2 --quality_weight, or use bf16 in place of fp16. Checkpoints in "
+                f"{accelerator.project_dir} are as they were."
+            )
+        return norm
+
+    def state_dict(self) -> dict:
+        return self.split | {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in self.split.items():
+            if state[name] != value:
+                raise ValueError(
+                    f"The checkpoint is of --{name} {state[name]}, this run has {value}: its place in the data would be "
+                    f"wrong. Resume with --{name} {state[name]}, or start a new run from its weights."
+                )
+        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
