@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from acpo_utils import comparison
 from acpo_utils.anchor import base_prediction
-from acpo_utils.anchor_budget import AnchorBudget
+from acpo_utils.anchor_budget import ANCHOR_BUDGET, AnchorBudget
 from acpo_utils.balance import Balance
 from acpo_utils.checkpoints import (
     atomic_write,
@@ -185,7 +185,9 @@ def parse_args():
     add(
         "--anchor_budget",
         type=float,
-        help="hold the mean L_anchor here by adapting the weight, from --anchor_weight on",
+        nargs="?",
+        const=ANCHOR_BUDGET,
+        help=f"hold the mean L_anchor here ({ANCHOR_BUDGET} if no number is given) by adapting the weight, from --anchor_weight on",
     )
     add("--diffusion_weight", type=float, default=1.0, help="weight of L_diff; 1 in the paper")
     add("--diffusion_timesteps", choices=["full", "late"], default="full", help="late shares the late forward pass")
