@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import torch
 from diffusers import DDIMScheduler
-from diffusers.utils.torch_utils import randn_tensor
+
+from acpo_utils.shares import batch_randint, batch_randn
 
 
 def sample_late_timesteps(
     batch_size: int, tmax: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """(B,) integers, uniform in 0 <= t < tmax: the late window of the paper. Drawn on the generator's device."""
-    drawn_on = generator.device if generator is not None else device
-    return torch.randint(tmax, (batch_size,), generator=generator, device=drawn_on).to(device)
+    return batch_randint(tmax, batch_size, generator, device)
 
 
 def _alphas_cumprod(noise_scheduler, timesteps: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ def rollout_late_samples(
             f"{num_inference_steps} sampling steps end at t = {int(scheduler.timesteps[-1])}, none below tmax {tmax}: "
             "take more sampling steps or a larger tmax"
         )
-    samples = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
+    samples = batch_randn(shape, generator, device, dtype)
     samples = samples * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         if timestep < tmax:

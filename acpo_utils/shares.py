@@ -1,16 +1,52 @@
-"""Which part of a step a process takes: N processes do in one micro-step what one process does in N of its own."""
+"""Which part of a step's batch a process takes: N processes do together what one does with N times their batch."""
 
 from collections.abc import Iterator
 
+import torch
+from diffusers.utils.torch_utils import randn_tensor
 
-def share(micro_step: int, accelerator) -> int:
-    """Which of the step's batches this process takes in `micro_step`: the same ones however they are split up."""
-    return micro_step * accelerator.num_processes + accelerator.process_index
+from acpo_utils.seeds import step_generator
+
+
+class SharedGenerator(torch.Generator):
+    """A CPU generator that every process seeds alike, and that knows which of them it is in.
+
+    `batch_randn` and `batch_randint` draw the whole batch's numbers with it and keep the process's own rows, so that a
+    sample has the same noise however many processes there are. What is not drawn row by row is the same in all of them.
+    """
+
+    rank, num_processes = 0, 1
+
+
+def shared_generator(seed: int, step: int, micro_step: int, accelerator) -> SharedGenerator:
+    """The generator of one batch of a run, the same numbers whatever ran before (`step_generator`)."""
+    generator = SharedGenerator()
+    generator.set_state(step_generator(seed, step, micro_step, 0).get_state())
+    generator.rank, generator.num_processes = accelerator.process_index, accelerator.num_processes
+    return generator
+
+
+def batch_randn(shape: tuple[int, ...], generator: torch.Generator | None, device, dtype) -> torch.Tensor:
+    """`shape` (B, ...) normal numbers: this process's rows of those of the whole batch."""
+    rows, num_processes = _own_rows(shape[0], generator)
+    return randn_tensor((shape[0] * num_processes, *shape[1:]), generator, torch.device(device), dtype)[rows]
+
+
+def batch_randint(high: int, batch_size: int, generator: torch.Generator | None, device) -> torch.Tensor:
+    """(B,) integers, uniform in 0 <= n < high: this process's rows of those of the whole batch."""
+    rows, num_processes = _own_rows(batch_size, generator)
+    drawn_on = generator.device if generator is not None else device
+    return torch.randint(high, (batch_size * num_processes,), generator=generator, device=drawn_on)[rows].to(device)
+
+
+def _own_rows(batch_size: int, generator: torch.Generator | None) -> tuple[slice, int]:
+    rank, num_processes = getattr(generator, "rank", 0), getattr(generator, "num_processes", 1)
+    return slice(rank * batch_size, (rank + 1) * batch_size), num_processes
 
 
 def own_batches(first_step: int, last_step: int, batch_size: int, accelerator) -> Iterator[range]:
     """The samples of this process's batches, in order, from step `first_step` to before `last_step`."""
-    shares_per_step = accelerator.gradient_accumulation_steps * accelerator.num_processes
-    first = first_step * shares_per_step + accelerator.process_index
-    for number in range(first, last_step * shares_per_step, accelerator.num_processes):
+    batches_per_step = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    first = first_step * batches_per_step + accelerator.process_index
+    for number in range(first, last_step * batches_per_step, accelerator.num_processes):
         yield range(batch_size * number, batch_size * (number + 1))

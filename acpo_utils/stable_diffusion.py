@@ -12,6 +12,8 @@ from diffusers import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from acpo_utils.shares import batch_randn
+
 
 def load_stable_diffusion(pretrained_model_name_or_path: str, revision, variant, weight_dtype: torch.dtype, device):
     """(noise_scheduler, tokenizer, text_encoder, vae, unet) of a hub id or folder; the models frozen, on `device`.
@@ -106,7 +108,8 @@ def encode_images(batch: dict, vae: AutoencoderKL, generator: torch.Generator | 
         posterior = DiagonalGaussianDistribution(batch["latent_moments"].float())
     else:
         posterior = vae.encode(batch["pixel_values"]).latent_dist
-    return posterior.sample(generator) * vae.config.scaling_factor
+    mean, std = posterior.mean, posterior.std  # (B, 4, h, w)
+    return (mean + std * batch_randn(mean.shape, generator, mean.device, mean.dtype)) * vae.config.scaling_factor
 
 
 @torch.no_grad()

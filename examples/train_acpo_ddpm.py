@@ -22,7 +22,6 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -41,8 +40,7 @@ from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.late_step import denoise_late_steps, late_window, rollout_late_samples, sample_late_timesteps
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.runs import RunState, resume, start_run
-from acpo_utils.seeds import step_generator
-from acpo_utils.shares import own_batches, share
+from acpo_utils.shares import batch_randint, batch_randn, own_batches, shared_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.threads import use_all_cpus
 from acpo_utils.trackers import log_images
@@ -64,7 +62,7 @@ def training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator,
     """L = L_diff + anchor_weight * L_anchor + quality_weight * L_quality (eq. 9). Returns the loss and its terms."""
     loss_diffusion = loss_anchor = loss_quality = scores = None
     x0 = batch["pixel_values"]  # (B, 3, H, W) in [-1, 1]  x0: the "latents" of a DDPM are pixels
-    noise = randn_tensor(x0.shape, generator, x0.device, x0.dtype)  # (B, 3, H, W)  eps
+    noise = batch_randn(x0.shape, generator, x0.device, x0.dtype)  # (B, 3, H, W)  eps
 
     if args.anchor_weight or args.quality_weight or args.diffusion_timesteps == "late":
         if args.late_start == "data":  # z_t, t < tmax, is a noised real image
@@ -93,7 +91,7 @@ def training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator,
             timesteps, model_pred = late_timesteps, late_pred
         else:
             num_train_timesteps = noise_scheduler.config.num_train_timesteps
-            timesteps = torch.randint(num_train_timesteps, (len(x0),), generator=generator).to(x0.device)  # (B,)
+            timesteps = batch_randint(num_train_timesteps, len(x0), generator, x0.device)  # (B,)
             noisy_images = noise_scheduler.add_noise(x0, noise, timesteps)  # (B, 3, H, W)  z_t, any t
             model_pred = unet(noisy_images, timesteps, return_dict=False)[0]  # (B, 3, H, W)  eps_phi
         loss_diffusion = diffusion_loss(noise_scheduler, model_pred, x0, noise, timesteps, args.snr_gamma)
@@ -432,7 +430,7 @@ def main(args):
         measured = {}
         for micro_step in range(args.gradient_accumulation_steps):
             batch = {name: tensor.to(accelerator.device) for name, tensor in next(batches).items()}
-            generator = step_generator(args.seed, step, share(micro_step, accelerator), 0)
+            generator = shared_generator(args.seed, step, micro_step, accelerator)
             with accelerator.accumulate(unet):
                 loss, terms = training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator, args)
                 if balance and accelerator.sync_gradients and (step + 1) % args.balance_steps == 0:

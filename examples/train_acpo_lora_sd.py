@@ -52,7 +52,7 @@ from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quali
 from acpo_utils.prompts import Prompts, read_prompts
 from acpo_utils.runs import RunState, resume, start_run
 from acpo_utils.seeds import step_generator
-from acpo_utils.shares import own_batches, share
+from acpo_utils.shares import batch_randint, batch_randn, own_batches, shared_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.stable_diffusion import (
     build_pipeline,
@@ -80,7 +80,7 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
     prompt_embeds = encode_prompts(batch, text_encoder)  # (B, tokens, dim)  c
     if batch.keys() & {"pixel_values", "latent_moments"}:  # a rollout without L_diff needs prompts only
         latents = encode_images(batch, vae, generator).to(prompt_embeds.dtype)  # (B, 4, h, w)  x0
-        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)  # (B, 4, h, w)  eps
+        noise = batch_randn(latents.shape, generator, latents.device, latents.dtype)  # (B, 4, h, w)  eps
 
     if args.anchor_weight or args.quality_weight or args.diffusion_timesteps == "late":
         if args.late_start == "data":  # z_t, t < tmax, is a noised real latent
@@ -112,7 +112,7 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
             timesteps, model_pred = late_timesteps, late_pred
         else:
             num_train_timesteps = noise_scheduler.config.num_train_timesteps
-            timesteps = torch.randint(num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
+            timesteps = batch_randint(num_train_timesteps, len(latents), generator, latents.device)  # (B,)
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # (B, 4, h, w)  z_t, any t
             model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]  # (B, 4, h, w)
         loss_diffusion = diffusion_loss(noise_scheduler, model_pred, latents, noise, timesteps, args.snr_gamma)
@@ -465,7 +465,7 @@ def main(args):
     for step in progress:
         measured = {}
         for micro_step in range(args.gradient_accumulation_steps):
-            generator = step_generator(args.seed, step, share(micro_step, accelerator), 0)
+            generator = shared_generator(args.seed, step, micro_step, accelerator)
             step_args = argparse.Namespace(**vars(args) | ({"anchor_weight": budget.weight} if budget else {}))
             with accelerator.accumulate(unet):
                 loss, terms = training_step(

@@ -233,17 +233,10 @@ def test_generators(world, launched, tmp_path, kind):
     check_same_work(two, twice)
     checkpoints = [{path.name for path in run.glob("checkpoint-*")} for run in (folder, tmp_path / "twice")]
     assert checkpoints[0] == checkpoints[1] == {"checkpoint-2", "checkpoint-4"}
-    # The noise differs: it is drawn batch by batch.
-    assert curve(*two)[0] != pytest.approx(curve(twice)[0], rel=1e-4)
-
-    # One process that accumulates both batches draws the same: each loss, the averaged gradient, what was trained.
-    same = one_process(kind, world[kind] | {"gradient_accumulation_steps": 2}, tmp_path / "same")
-    check_same_work(two, same)
-    assert same["loss"][0::2] == pytest.approx(two[0]["loss"], rel=1e-5)
-    assert same["loss"][1::2] == pytest.approx(two[1]["loss"], rel=1e-5)
-    assert logged(same, "grad_norm") == pytest.approx(logged(two[0], "grad_norm"), rel=1e-4)
-    assert difference(folder / KINDS[kind][1], tmp_path / "same" / KINDS[kind][1]) < 1e-5
-
+    # Each loss, the averaged gradient, what was trained: but for the rounding of another batch size.
+    assert curve(*two) == pytest.approx(curve(twice), rel=1e-4)
+    assert logged(two[0], "grad_norm") == pytest.approx(logged(twice, "grad_norm"), rel=1e-3)
+    assert difference(folder / KINDS[kind][1], tmp_path / "twice" / KINDS[kind][1]) < 1e-5
     assert logged(two[0], "loss") == pytest.approx(curve(*two), rel=1e-5)
 
 
