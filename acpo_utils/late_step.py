@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import DDIMScheduler
+from torch.utils.checkpoint import checkpoint
 
 from acpo_utils.shares import batch_randint, batch_randn
 
@@ -95,7 +96,7 @@ def denoise_late_steps(
         latents = abar_there.sqrt() * x0 + (1 - abar_there).sqrt() * noise_pred
 
 
-def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
     """x_hat = D(z_0_hat) (eq. 5): decode with gradient, in fp32, to the range that evaluators expect.
 
     The same arithmetic as `VaeImageProcessor.postprocess`, without leaving the graph. `vae` must hold fp32 weights (a
@@ -103,12 +104,22 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 
     Args:
         vae: AutoencoderKL or AutoencoderTiny. latents: (B, 4, h, w), scaled as the U-Net sees them.
+        batch_size: decode so many samples at a time, each lot again in the backward pass, so that no more than one
+            lot's activations are kept. None: all at once.
     Returns:
         (B, 3, H, W) fp32 in [0, 1].
     """
+
+    def decode(latents):
+        with torch.autocast(latents.device.type, enabled=False):
+            return vae.decode(latents, return_dict=False)[0]
+
     latents = latents.float() / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-    with torch.autocast(latents.device.type, enabled=False):
-        images = vae.decode(latents, return_dict=False)[0]
+    if batch_size is None:
+        images = decode(latents)
+    else:
+        lots = latents.split(batch_size)
+        images = torch.cat([checkpoint(decode, lot, use_reentrant=False) for lot in lots])
     return (images / 2 + 0.5).clamp(0, 1)
 
 

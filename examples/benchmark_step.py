@@ -87,6 +87,7 @@ ACPO = {
     "late_backprop_steps": None,
     "snr_gamma": None,
     "decode": "full",
+    "decode_batch_size": None,
 }
 # (label, latents and embeddings cached, flags)
 VARIANTS = [

@@ -102,7 +102,7 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
         z0 = denoise_late_steps(predict, noise_scheduler, *late)  # (B, 4, h, w)  z_0_hat (eq. 5)
         if args.decode == "crop":
             z0 = crop_latents(z0, args.decode_size // latent_factor(vae), generator)
-        images = decode_latents(decoder, z0)  # (B, 3, H, W) in [0, 1]  x_hat = D(z_0_hat) (eq. 5)
+        images = decode_latents(decoder, z0, args.decode_batch_size)  # (B, 3, H, W)  x_hat = D(z_0_hat) (eq. 5)
         scores = evaluator.score(images, batch["prompts"])  # (B,) in (0, 1)  Q(x_hat, c)
         loss_quality = quality_loss(scores)  # L_quality = mean(1 - Q) (eq. 6)
     if args.anchor_weight:
@@ -187,7 +187,7 @@ def parse_args():
         type=float,
         nargs="?",
         const=ANCHOR_BUDGET,
-        help=f"hold the mean L_anchor here ({ANCHOR_BUDGET} if no number is given) by adapting the weight, from --anchor_weight on",
+        help=f"hold the mean L_anchor here (bare: {ANCHOR_BUDGET}) by adapting the weight, from --anchor_weight on",
     )
     add("--diffusion_weight", type=float, default=1.0, help="weight of L_diff; 1 in the paper")
     add("--diffusion_timesteps", choices=["full", "late"], default="full", help="late shares the late forward pass")
@@ -208,6 +208,9 @@ def parse_args():
         choices=["full", "crop", "tiny"],
         default="full",
         help="x_hat whole, a window of it, or by a tiny VAE",
+    )
+    add(
+        "--decode_batch_size", type=int, help="decode so many samples at a time, twice, to save memory; all by default"
     )
     add("--decode_size", type=int, help="side of the window in pixels, with --decode crop")
     add(
@@ -278,6 +281,8 @@ def parse_args():
         args.tiny_vae_name_or_path
     ):
         parser.error("--decode crop goes with --decode_size, --decode tiny with --tiny_vae_name_or_path")
+    if args.decode_batch_size is not None and args.decode_batch_size < 1:
+        parser.error(f"--decode_batch_size must be at least 1, got {args.decode_batch_size}")
     if args.cache_latents and (args.train_prompts or not args.center_crop):
         parser.error("--cache_latents needs images and --center_crop: a random crop is another image every time")
     if args.quality_weight and args.evaluator is None:

@@ -100,6 +100,22 @@ def test_decode_matches_the_image_processor_and_lies_in_0_1():
     assert torch.equal(images, VaeImageProcessor().postprocess(decoded.detach(), output_type="pt"))
 
 
+def test_decoding_in_lots_gives_the_same_images_and_gradient_and_keeps_less():
+    vae = tiny_vae().eval().requires_grad_(False)
+    latents, probe = (torch.randn(5, 4, 4, 4) * 0.1).requires_grad_(True), torch.randn(5, 3, 8, 8)
+    images, gradients, kept = {}, {}, {}
+    for lot in (None, 1, 2, 5):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):  # noqa: B023
+            images[lot] = decode_latents(vae, latents, lot)
+        kept[lot] = sum(sizes)
+        (gradients[lot],) = torch.autograd.grad((images[lot] * probe).sum(), latents)
+    for lot in (1, 2, 5):
+        torch.testing.assert_close(images[lot], images[None], rtol=0, atol=1e-5)
+        torch.testing.assert_close(gradients[lot], gradients[None], rtol=1e-3, atol=2e-4)  # another batch size rounds
+        assert kept[lot] < kept[None] / 10
+
+
 def test_decode_gradient_with_and_without_checkpointing_and_against_differences():
     vae = tiny_vae().eval().requires_grad_(False)
     latents = (torch.randn(1, 4, 4, 4) * 0.1).requires_grad_(True)

@@ -148,6 +148,7 @@ def test_rollout_chain_late_diffusion_and_continuing_from_a_lora(flags, lora_of,
     launch(
         *flags(
             "first",
+            decode_batch_size=1,
             diffusion_timesteps="late",
             late_steps=3,
             late_backprop_steps=1,
@@ -247,6 +248,7 @@ def test_other_decoders_train_too_and_leave_the_final_comparison_to_the_vae(
 
 BAD_INPUT = {
     "decode": ({"decode": "crop"}, "--decode crop goes with --decode_size"),
+    "decode batch": ({"decode_batch_size": 0}, "--decode_batch_size must be at least 1, got 0"),
     "window": (
         {"decode": "crop", "decode_size": 15},
         "--decode_size must be a multiple of 2 up to the resolution, got 15",

@@ -31,6 +31,7 @@ DEFAULTS = {
     "late_steps": 1,
     "late_backprop_steps": None,
     "decode": "full",
+    "decode_batch_size": None,
     "snr_gamma": None,
     "num_inference_steps": 5,
     "guidance_scale": 2.0,
