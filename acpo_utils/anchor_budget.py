@@ -6,17 +6,19 @@ import math
 # What L_anchor came to in the last third of the demo's run, whose images its judge does not call worse: 0.0066 to 0.0077 over
 # three seeds (docs/guard.md).
 ANCHOR_BUDGET = 0.007
-RATE = 0.05  # of the weight's logarithm, per step
-SMOOTHING = 0.9
+INTEGRAL, PROPORTIONAL = 0.08, 2.0  # gains on the weight's logarithm, the first one per step
+SMOOTHING = 0.8
 
 
 class AnchorBudget:
-    """Holds the mean of L_anchor (eq. 7) at `budget` by dual ascent on the anchor's weight.
+    """Holds the mean of L_anchor (eq. 7) at `budget` by a controlled weight of the anchor.
 
-    Training under the constraint E[L_anchor] <= budget has lambda_anchor of eq. 9 as its multiplier. It goes up while the
-    constraint is broken and down while there is room: lambda <- lambda exp(RATE clamp(mean / budget - 1, -1, 1)), where
-    the mean is exponential, as one batch says little. The step is on the logarithm, since weights of any size may be
-    right and none below 0 is.
+    Training under the constraint E[L_anchor] <= budget has lambda_anchor of eq. 9 as its multiplier. Dual ascent adds up how
+    far the constraint is broken: multiplier <- multiplier exp(INTEGRAL e), e = clamp(log(mean / budget), -0.5, 1), where the
+    mean is exponential, as one batch says little. Alone it swings: Adam moves a LoRA at the same pace however strong the
+    anchor is, so that the multiplier goes on rising until the drift is taken back. What damps it is a term in e itself,
+    lambda_anchor = multiplier exp(PROPORTIONAL e) (PID Lagrangian, Stooke et al., 2020). Logarithms, since weights of any
+    size may be right and none below 0 is.
 
     Args:
         budget: of L_anchor, in squared units of the prediction, above 0. weight: lambda_anchor at the start, above 0.
@@ -25,7 +27,7 @@ class AnchorBudget:
     def __init__(self, budget: float, weight: float):
         if not budget > 0 or not weight > 0:
             raise ValueError(f"expected an anchor budget and weight above 0, found {budget:g} and {weight:g}")
-        self.budget, self.weight = budget, weight
+        self.budget, self.multiplier, self.weight = budget, weight, weight
         self.total, self.count = 0.0, 0.0
 
     def update(self, loss_anchor: float) -> float:
@@ -34,12 +36,15 @@ class AnchorBudget:
             return self.weight
         self.total = SMOOTHING * self.total + loss_anchor
         self.count = SMOOTHING * self.count + 1
-        excess = self.total / self.count / self.budget - 1
-        self.weight *= math.exp(RATE * max(-1.0, min(1.0, excess)))
+        mean = max(self.total / self.count, 1e-9 * self.budget)
+        error = max(-0.5, min(1.0, math.log(mean / self.budget)))
+        self.multiplier *= math.exp(INTEGRAL * error)
+        self.weight = self.multiplier * math.exp(PROPORTIONAL * error)
         return self.weight
 
     def state_dict(self) -> dict:
-        return {"weight": self.weight, "total": self.total, "count": self.count}
+        return {name: getattr(self, name) for name in ("multiplier", "weight", "total", "count")}
 
     def load_state_dict(self, state: dict) -> None:
-        self.weight, self.total, self.count = state["weight"], state["total"], state["count"]
+        self.multiplier, self.weight = state["multiplier"], state["weight"]
+        self.total, self.count = state["total"], state["count"]

@@ -7,16 +7,17 @@ import shutil
 import pytest
 import torch
 
-from acpo_utils.anchor_budget import RATE, SMOOTHING, AnchorBudget
+from acpo_utils.anchor_budget import INTEGRAL, PROPORTIONAL, SMOOTHING, AnchorBudget
 from tests.test_train_acpo_lora_sd import flags, lora_of, run_in_process  # noqa: F401  (fixtures)
 
 
 def test_the_weight_follows_the_formula():
-    budget, weight, total, count = AnchorBudget(0.02, 3.0), 3.0, 0.0, 0.0
+    budget, multiplier, total, count = AnchorBudget(0.02, 3.0), 3.0, 0.0, 0.0
     for loss in (0.0, 0.01, 0.05, 0.5, 0.02):
         total, count = SMOOTHING * total + loss, SMOOTHING * count + 1
-        weight *= math.exp(RATE * min(max(total / count / 0.02 - 1, -1), 1))
-        assert budget.update(loss) == pytest.approx(weight, rel=1e-12)
+        error = min(max(math.log(max(total / count, 1e-9) / 0.02), -0.5), 1)
+        multiplier *= math.exp(INTEGRAL * error)
+        assert budget.update(loss) == pytest.approx(multiplier * math.exp(PROPORTIONAL * error), rel=1e-12)
     again = AnchorBudget(0.02, 1.0)
     again.load_state_dict(budget.state_dict())
     assert again.update(math.nan) == budget.weight
@@ -35,6 +36,17 @@ def test_a_model_that_answers_to_the_weight_ends_at_the_budget(start):
         drifts.append(0.05 / (1 + budget.weight))
         budget.update(drifts[-1] * torch.rand((), generator=generator).item() * 2)
     assert sum(drifts[-200:]) / 200 == pytest.approx(0.005, rel=0.15)
+
+
+def test_a_model_that_moves_at_one_pace_is_not_swung_to_and_fro():
+    """As Adam does: the amplitude of the LoRA's output follows the sign of guide against anchor, not their strength."""
+    budget, amplitude, drifts = AnchorBudget(0.003, 1.0), 0.0, []
+    for _ in range(400):
+        drifts.append(amplitude**2)
+        amplitude = max(amplitude + 0.002 * math.tanh(3 * (0.25 - budget.weight * amplitude) / 0.25), 0.0)
+        budget.update(drifts[-1])
+    assert max(drifts) < 3 * 0.003 and min(drifts[150:]) > 0.5 * 0.003
+    assert sum(drifts[-100:]) / 100 == pytest.approx(0.003, rel=0.1)
 
 
 def test_the_training_adapts_its_weight_and_resumes_exactly(flags, lora_of, tmp_path, monkeypatch, capsys):  # noqa: F811
