@@ -17,7 +17,12 @@ DISTRIBUTIONS = {
     "open_clip": "open_clip_torch",
     "skimage": "scikit-image",
 }
-THROUGH = {"pyarrow": "datasets", "tokenizers": "transformers", "yaml": "accelerate"}  # required by the package named
+THROUGH = {
+    "psutil": "accelerate",
+    "pyarrow": "datasets",
+    "tokenizers": "transformers",
+    "yaml": "accelerate",
+}  # required by the package named
 
 
 @pytest.fixture(scope="module")
