@@ -40,6 +40,8 @@ def log_estimate(accelerator, training_step, models, evaluator, judges, noise_sc
             logger.info(memory_table(memory, available, args))
             if sum(memory.values()) > available:
                 logger.warning(advice(step_cost, scorers, available, args))
+            if args.torch_compile:
+                return  # timing would compile for sizes that the training does not use
             seconds, flop = step_time(step_cost, args)
             logger.info(
                 f"Time, estimated: {flop / 1e12:.3g} TFLOP and {seconds:.2g} s a step, "
@@ -107,6 +109,8 @@ def flag_changes(args: SimpleNamespace, vae) -> Iterator[dict]:
         parts = 2 if args.train_batch_size % 2 == 0 else args.train_batch_size
         accumulation = args.gradient_accumulation_steps * parts
         yield {"train_batch_size": args.train_batch_size // parts, "gradient_accumulation_steps": accumulation}
+    if args.quality_weight and args.train_batch_size > 1 and not args.decode_batch_size:
+        yield {"decode_batch_size": 1}
     if args.late_start == "data" and args.diffusion_weight and args.diffusion_timesteps == "full":
         yield {"diffusion_timesteps": "late"}
     if args.quality_weight and args.decode == "full":

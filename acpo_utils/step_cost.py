@@ -185,6 +185,10 @@ class StepCost:
             run = lambda: decoder.decode(given, return_dict=False)[0]  # noqa: E731
             each = cost(run, "decode", latents.shape[1:], args.decode == "tiny", args.gradient_checkpointing)
             height, width = (latent_factor(vae) * extent for extent in latents.shape[-2:])
+            if args.decode_batch_size:  # the image is kept; each lot's graph is made, and gone, in the backward pass
+                image = 3 * height * width * torch.float32.itemsize
+                later = {"passing": each.passing + each.kept - image, "backward": each.backward + each.forward}
+                each = each._replace(kept=image, **later)
             return (ledger.spend("decode", (len(latents), 3, height, width), each, latents),)
 
         def score(images, prompts):

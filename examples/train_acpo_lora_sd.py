@@ -37,6 +37,7 @@ from acpo_utils.checkpoints import (
 )
 from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images, tokenize
 from acpo_utils.drift import prediction_drift
+from acpo_utils.estimate import log_estimate
 from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
 from acpo_utils.hacking import HackingAlarm, load_judges
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
@@ -455,6 +456,9 @@ def main(args):
             images = decode_latents(decoder, latents)
         check_evaluator(evaluator, images, probe["prompts"])
 
+    probe = (images, probe["prompts"]) if args.quality_weight else None
+    models = (accelerator.unwrap_model(unet), vae, decoder, text_encoder)
+    log_estimate(accelerator, training_step, models, evaluator, judges, noise_scheduler, probe, args)
     accelerator.init_trackers("acpo-lora-sd", config=settings_of(args))
     logger.info("***** Running training *****")
     logger.info(

@@ -35,6 +35,7 @@ FLAGS = DEFAULTS | {
     "train_prompts": None,
     "seed": 0,
     "gradient_accumulation_steps": 1,
+    "torch_compile": False,
     "max_train_steps": 10,
 }
 
@@ -97,6 +98,7 @@ CASES = [
     {"gradient_checkpointing": True},
     {"diffusion_timesteps": "late"},
     {"decode": "crop"},
+    {"decode_batch_size": 1},
     {"quality_weight": 0.0},
     {"quality_weight": 0.0, "anchor_weight": 0.0},
     {"diffusion_weight": 0.0, "anchor_weight": 0.0},
@@ -136,7 +138,9 @@ def test_half_precision_as_accelerate_prepares_it(world):
     assert world.models[0].forward == forward
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"decode": "tiny"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_checkpointing": True}, {"decode": "tiny"}, {"decode_batch_size": 1}], ids=str
+)
 def test_the_peak_is_that_of_the_allocator(world, changes, tmp_path):
     if "decode" in changes:
         world.models[2] = tiny_taesd().requires_grad_(False)
@@ -214,7 +218,7 @@ def test_a_suggestion_costs_what_it_says(world):
 
 def test_what_is_in_force_is_not_suggested(world):
     args = world.flags(gradient_checkpointing=True, mixed_precision="fp16", cache_latents=True, train_batch_size=1)
-    args.decode, args.late_start = "tiny", "rollout"
+    args.decode, args.late_start, args.decode_batch_size = "tiny", "rollout", 1
     assert list(estimate.flag_changes(args, world.vae)) == []
     args = world.flags(train_batch_size=6, gradient_accumulation_steps=2)
     assert {"train_batch_size": 3, "gradient_accumulation_steps": 4} in list(estimate.flag_changes(args, world.vae))
