@@ -74,9 +74,12 @@ def load_tiny_vae(pretrained_model_name_or_path: str, vae: AutoencoderKL) -> Aut
 
 
 def build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler) -> StableDiffusionPipeline:
-    """For sampling by DDIM, all of it on the U-Net's device; the VAE in the U-Net's precision."""
+    """For sampling by DDIM, all of it on the U-Net's device; the VAE in fp32, as the loss decodes with it.
+
+    accelerate's U-Net returns fp32 in mixed precision too, so that these are the latents which the VAE is given.
+    """
     return StableDiffusionPipeline(
-        vae=cast_vae(vae.to(unet.device), unet.dtype),
+        vae=vae.to(unet.device),
         text_encoder=text_encoder.to(unet.device),
         tokenizer=tokenizer,
         unet=unet,
@@ -124,8 +127,3 @@ def offload_encoders(vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
     """Off the device with what a cache has made needless; `build_pipeline` brings it back."""
     vae.encoder.to("cpu")
     text_encoder.to("cpu")
-
-
-def cast_vae(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
-    """`vae.to(dtype)` without diffusers' warning of modules that want fp32, of which this class names none."""
-    return torch.nn.Module.to(vae, dtype)

@@ -57,7 +57,6 @@ from acpo_utils.shares import batch_randint, batch_randn, own_batches, shared_ge
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.stable_diffusion import (
     build_pipeline,
-    cast_vae,
     compile_models,
     encode_images,
     encode_prompts,
@@ -504,7 +503,6 @@ def main(args):
             if accelerator.is_main_process:
                 parts = (accelerator.unwrap_model(unet), vae, text_encoder, tokenizer, noise_scheduler)
                 hacked = [validate(build_pipeline(*parts), alarm, accelerator, step + 1, args)]
-                cast_vae(vae, torch.float32)  # the pipeline samples in the U-Net's precision, the loss decodes in fp32
                 if args.cache_latents:
                     offload_encoders(vae, text_encoder)
             if broadcast_object_list(hacked)[0] and args.on_hacking != "warn":

@@ -228,7 +228,7 @@ def test_the_anchor_starts_at_exactly_zero_in_mixed_precision(flags, run, tmp_pa
     """Base and student see the same autocast, be the base the LoRA's own or a frozen copy."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(flags(rank=rank, mixed_precision="bf16", report_to="tensorboard", max_train_steps=2, num_eval_images=0))
+    run(flags(rank=rank, mixed_precision="bf16", report_to="tensorboard", max_train_steps=2, num_eval_images=4))
     (events,) = (tmp_path / "out" / "logs").glob("*/events*")
     first, second = (event.value for event in EventAccumulator(str(events)).Reload().Scalars("loss_anchor"))
     assert first == 0 and second > 0

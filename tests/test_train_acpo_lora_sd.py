@@ -168,6 +168,17 @@ def test_rollout_chain_late_diffusion_and_continuing_from_a_lora(flags, lora_of,
     assert 0 < moved < 2e-3, "one Adam step of 1e-3 from the saved LoRA, not from a new one"
 
 
+def test_mixed_precision_trains_samples_and_compares(flags, lora_of, tmp_path, tiny_guide):
+    (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\n")
+    options = {"mixed_precision": "bf16", "eval_prompts": tmp_path / "prompts.txt", "num_inference_steps": 2}
+    options |= {"validation_steps": 2, "judge": f"ipce:{tiny_guide}", "validation_prompt": "a red wall"}
+    launch(*flags(**options, max_train_steps=3, num_validation_images=1))
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in lora_of().values())
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparisons"]
+    assert rows["guide"]["n"] == 2 and rows["guide"]["mean_difference"] != 0
+    assert (tmp_path / "out" / "validation" / "base-beside-step-2.png").is_file()
+
+
 def test_two_guides_with_weights(flags, tmp_path, tiny_guide):
     """The weighted mean guides; each guide's score is logged and has its row in the table, on its own scale."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
