@@ -19,7 +19,7 @@ def script():
 
 
 def test_rows_and_flop_of_each_step(script):
-    world = script.World("small", "meta", torch.float32, 2)
+    world = script.World("half", "meta", torch.float32, 2)
     counted = {
         label: script.count(world, step)
         for label, step in script.steps(script.load_script()).items()
@@ -37,7 +37,7 @@ SLOW = ("DRaFT+, K = 1", "AlignProp, K = 1", "DDPO")  # a hundred rows and more
 
 def test_the_steps_run_and_train_the_lora(script):
     torch.manual_seed(0)
-    world = script.World("small", "cpu", torch.float32, 1)
+    world = script.World("half", "cpu", torch.float32, 1)
     every = script.steps(script.load_script())
     for label in ("LoRA, as diffusers ships it", "ACPO, as the last, --decode tiny"):
         every[label](world)
