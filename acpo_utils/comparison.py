@@ -4,11 +4,19 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from acpo_utils.checkpoints import atomic_write
 from acpo_utils.seeds import step_generator
+
+
+def image_tensor(images: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """(B, 3, H, W) in fp32 on the CPU: DDPMPipeline and DDIMPipeline before diffusers 0.41 give numpy for "pt" too."""
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return images.float().cpu()
 
 
 def sample_images(
@@ -33,7 +41,7 @@ def sample_images(
                 generator=[step_generator(seed, start + i) for i in range(len(chunk))],
                 output_type="pt",
             )
-            images.append(output.images.float().cpu())
+            images.append(image_tensor(output.images))
             progress.update(len(chunk))
     return torch.cat(images)
 
@@ -54,7 +62,7 @@ def sample_unconditional(
             generators = [step_generator(seed, i) for i in range(start, min(start + batch_size, num_images))]
             settings = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
             output = pipeline(batch_size=len(generators), generator=generators, **settings)
-            images.append(output.images.float().cpu())
+            images.append(image_tensor(output.images))
             progress.update(len(generators))
     return torch.cat(images)
 

@@ -1,6 +1,7 @@
 """The parts of a Stable Diffusion pipeline, frozen, as a training wants them."""
 
 import torch
+from accelerate.utils import compare_versions
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -15,6 +16,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from acpo_utils.shares import batch_randn
 
 
+# What from_pretrained of diffusers calls it: "dtype" is unknown before 0.40, "torch_dtype" warns since.
+DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40.0") else "torch_dtype"
+
+
 def load_stable_diffusion(pretrained_model_name_or_path: str, revision, variant, weight_dtype: torch.dtype, device):
     """(noise_scheduler, tokenizer, text_encoder, vae, unet) of a hub id or folder; the models frozen, on `device`.
 
@@ -22,13 +27,13 @@ def load_stable_diffusion(pretrained_model_name_or_path: str, revision, variant,
     what is no Stable Diffusion pipeline.
     """
     source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, "revision": revision}
-    weights = {"variant": variant, "dtype": weight_dtype}
+    text, latent = {"variant": variant, "dtype": weight_dtype}, {"variant": variant, DTYPE: weight_dtype}
     try:
         noise_scheduler = DDPMScheduler.from_pretrained(**source, subfolder="scheduler")
         tokenizer = CLIPTokenizer.from_pretrained(**source, subfolder="tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(**source, subfolder="text_encoder", **weights)
+        text_encoder = CLIPTextModel.from_pretrained(**source, subfolder="text_encoder", **text)
         vae = AutoencoderKL.from_pretrained(**source, subfolder="vae", variant=variant)
-        unet = UNet2DConditionModel.from_pretrained(**source, subfolder="unet", **weights)
+        unet = UNet2DConditionModel.from_pretrained(**source, subfolder="unet", **latent)
     except OSError as error:
         raise ValueError(
             f"--pretrained_model_name_or_path: expected a Stable Diffusion pipeline (hub id or folder), "

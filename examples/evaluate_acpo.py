@@ -33,6 +33,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from acpo_utils.checkpoints import LORA_NAME, atomic_write, load_lora, read_lora_config
+from acpo_utils.comparison import image_tensor
 from acpo_utils.data import check_images, load_captioned_images, read_image
 from acpo_utils.evaluation_metrics import (
     LOWER_IS_BETTER,
@@ -54,6 +55,7 @@ from acpo_utils.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
 from acpo_utils.report import write_report
 from acpo_utils.seeds import step_generator
 from acpo_utils.set_metrics import prediction_errors
+from acpo_utils.stable_diffusion import DTYPE
 from acpo_utils.threads import use_all_cpus
 
 
@@ -67,7 +69,7 @@ def sample(pipeline, prompts, args):
     noise = [step_generator(args.seed, prompt.row) for prompt in prompts]
     settings = {"num_inference_steps": args.num_inference_steps, "generator": noise, "output_type": "pt"}
     if args.unconditional:
-        return pipeline(batch_size=len(prompts), **settings).images
+        return image_tensor(pipeline(batch_size=len(prompts), **settings).images)
     if args.resolution:
         settings |= {"height": args.resolution, "width": args.resolution}
     if acts_late(pipeline, args):
@@ -277,7 +279,7 @@ def load_pipeline(path, args, weight_dtype, device):
     """The base pipeline, the base with the LoRA of `path` in it, or a pipeline of its own."""
     source = args.pretrained_model_name_or_path if path in args.lora else path
     hub = {"revision": args.revision, "variant": args.variant} if is_base(source, args) else {}
-    kwargs = {"use_safetensors": True, "dtype": weight_dtype} | hub
+    kwargs = {"use_safetensors": True, DTYPE: weight_dtype} | hub
     try:
         if args.unconditional:
             unet = UNet2DModel.from_pretrained(source, subfolder="unet", **kwargs)

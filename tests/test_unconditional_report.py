@@ -1,10 +1,11 @@
 """The final table of an unconditional model: what is measured, and which way is better."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from acpo_utils.comparison import sample_unconditional
+from acpo_utils.comparison import image_tensor, sample_unconditional
 from acpo_utils.ddpm import build_pipeline, denoising_error
 from acpo_utils.evaluators import TwoStreamIQA
 from acpo_utils.unconditional_report import MSE, compare, measure, split_judges, summarise
@@ -21,6 +22,14 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(sampler):
     assert torch.allclose(images[:4], again, atol=1e-5)
     assert not torch.allclose(images[:4], sample_unconditional(pipeline, 4, 2, 4, 3), atol=1e-2)
     assert len({image.sum().item() for image in images}) == 5
+
+
+def test_images_are_one_tensor_whichever_form_the_pipeline_gives():
+    images = torch.rand(2, 3, 4, 5)
+    channels_last = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+    for given in (images, images.double(), channels_last):
+        found = image_tensor(given)
+        assert torch.equal(found, images) and found.dtype == torch.float32 and found.is_contiguous()
 
 
 def test_measure():

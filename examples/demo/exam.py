@@ -29,6 +29,7 @@ from acpo_utils.checkpoints import atomic_write
 from acpo_utils.comparison import sample_images, score_images
 from acpo_utils.evaluators import load_evaluator
 from acpo_utils.judge import Judge, kid, load_judge
+from acpo_utils.stable_diffusion import DTYPE
 
 
 DEMO = Path(__file__).parent
@@ -138,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     real = real.permute(0, 3, 1, 2).float() / 255
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float32).to(device)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, **{DTYPE: torch.float32}).to(device)
     pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(pipeline.scheduler.config)
     images = sample_images(
         *(pipeline, rows["text"], args.seed, args.batch_size, args.num_inference_steps, args.guidance_scale, "drawing")

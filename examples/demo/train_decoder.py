@@ -22,6 +22,7 @@ from train_vae import reconstruction_loss, to_float
 
 from acpo_utils.data import tokenize
 from acpo_utils.late_step import predict_original_sample
+from acpo_utils.stable_diffusion import DTYPE
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def unet_estimate(pipeline, noise_scheduler, latents, input_ids, tmax, generator
 
 
 def main(args: argparse.Namespace) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, **{DTYPE: torch.float32})
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     pipeline.unet.to(memory_format=torch.channels_last)
     vae, scale = pipeline.vae.to(memory_format=torch.channels_last), pipeline.vae.config.scaling_factor

@@ -41,6 +41,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from acpo_utils.data import tokenize
 from acpo_utils.ema import ema_weights
+from acpo_utils.stable_diffusion import DTYPE
 
 
 def training_step(latents, prompt_embeds, unet, noise_scheduler, generator) -> torch.Tensor:
@@ -217,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
     files = {split: str(DATA / f"{split}.parquet") for split in ("train", "new_combinations")}
     dataset = load_dataset("parquet", data_files=files)
     if args.continue_from:
-        pipeline = StableDiffusionPipeline.from_pretrained(args.continue_from, dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(args.continue_from, **{DTYPE: torch.float32})
         tokenizer, text_encoder, vae, unet = (
             pipeline.components[name] for name in ("tokenizer", "text_encoder", "vae", "unet")
         )
