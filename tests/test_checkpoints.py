@@ -86,7 +86,7 @@ def test_lora_survives_the_round_trip_into_an_adapter_and_into_a_pipeline(tmp_pa
         **parts, text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name=LORA_NAME)
     assert torch.equal(predict(pipeline.unet), expected)
 
 

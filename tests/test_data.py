@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from acpo_utils.data import (
     CaptionedImages,
@@ -243,7 +244,8 @@ def test_bad_sources_are_one_line_errors(tmp_path):
     assert "--image_column picture" in message and "image, text, score" in message
     assert "found string" in one_line(load_captioned_images, train_data_dir=folder, image_column="text")
     assert "found float64" in one_line(load_captioned_images, train_data_dir=folder, caption_column="score")
-    write_parquet(tmp_path / "parquet" / "train.parquet", count=0)
+    write_parquet(file := tmp_path / "parquet" / "train.parquet")
+    parquet.ParquetWriter(file, parquet.read_schema(file)).close()  # datasets 4 cannot write what has no rows
     assert "it is empty" in one_line(load_captioned_images, train_data_dir=str(tmp_path / "parquet"))
     message = one_line(load_captioned_images, train_data_dir=str(tmp_path / "parquet"), split="test")
     assert "test.parquet" in message and "found train.parquet" in message

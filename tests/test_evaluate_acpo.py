@@ -137,13 +137,14 @@ def test_two_loras_two_prompt_sets_and_every_output(
     # The numbers are those of the images, and the images those of a stock pipeline from the same noise.
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    from acpo_utils.checkpoints import LORA_NAME
     from acpo_utils.statistics import holm, paired_comparison
 
     for model, lora in zip(results["images"], (None, *loras)):
         pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         if lora is not None:
-            pipeline.load_lora_weights(lora)
+            pipeline.load_lora_weights(lora, weight_name=LORA_NAME)
         noise = [step_generator(0, row) for row in (2, 3)]
         stock = pipeline(PROMPTS[2:4], num_inference_steps=2, generator=noise, output_type="np").images
         for image, name in zip(stock, results["images"][model][2:4]):

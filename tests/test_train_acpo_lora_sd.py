@@ -91,14 +91,14 @@ def test_outputs_checkpoints_and_comparison(flags, lora_of, tmp_path, tiny_pipel
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
 
-    from acpo_utils.checkpoints import load_lora
+    from acpo_utils.checkpoints import LORA_NAME, load_lora
     from tests.conftest import tiny_unet
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     inputs = torch.randn(1, 4, 16, 16), torch.tensor(50), torch.randn(1, 16, 32)
     with torch.no_grad():
         before = pipeline.unet(*inputs).sample
-        pipeline.load_lora_weights(folder)
+        pipeline.load_lora_weights(folder, weight_name=LORA_NAME)
         after = pipeline.unet(*inputs).sample
         trained = tiny_unet()
         trained.add_adapter(
