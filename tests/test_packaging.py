@@ -1,4 +1,4 @@
-"""requirements.txt and setup.cfg say the same, and name every package that the code imports."""
+"""requirements.txt, setup.cfg and oldest-versions.txt say the same, and name every package that the code imports."""
 
 import ast
 import configparser
@@ -40,6 +40,17 @@ def test_requirements_and_setup_cfg_are_one_list(setup_cfg):
     requirements = lines((ROOT / "requirements.txt").read_text())
     assert requirements[-1] == "-e .[judge,test]"
     assert requirements[:-1] == lines(setup_cfg["options"]["install_requires"])
+
+
+def test_the_oldest_versions_are_the_lower_bounds(setup_cfg):
+    """A bound may only be lowered to what tests/oldest-versions.txt installs, and so to what the tests were run with."""
+    extras = setup_cfg["options.extras_require"]
+    bounds = [setup_cfg["options"]["install_requires"], *(extras[name] for name in ("judge", "demo", "test"))]
+    expected = {line.replace(">=", "==") for text in bounds for line in lines(text) if ">=" in line}
+    assert set(lines((ROOT / "tests" / "oldest-versions.txt").read_text())) == expected
+    ours = {re.split("[<>=]", line)[0] for line in expected}  # a package has one bound, whichever extra names it
+    others = {line.replace(">=", "==") for name in ("fid", "dev") for line in lines(extras[name]) if ">=" in line}
+    assert {line for line in others if line.split("==")[0] in ours} <= expected
 
 
 def test_every_import_is_a_named_requirement(setup_cfg):
