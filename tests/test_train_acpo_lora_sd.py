@@ -179,6 +179,17 @@ def test_mixed_precision_trains_samples_and_compares(flags, lora_of, tmp_path, t
     assert (tmp_path / "out" / "validation" / "base-beside-step-2.png").is_file()
 
 
+@pytest.mark.slow
+def test_compiled_training_is_the_same_but_for_rounding(flags, lora_of):
+    for name, compiled in (("plain", None), ("compiled", True)):
+        launch(*flags(name, torch_compile=compiled, max_train_steps=2, validation_steps=1, num_validation_images=1))
+    plain, compiled = lora_of("plain"), lora_of("compiled")
+    assert plain.keys() == compiled.keys()
+    assert any(not torch.equal(plain[name], compiled[name]) for name in plain), "nothing was compiled"
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=0.05, atol=2e-4)  # two steps of 1e-3 by Adam
+
+
 def test_two_guides_with_weights(flags, tmp_path, tiny_guide):
     """The weighted mean guides; each guide's score is logged and has its row in the table, on its own scale."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
