@@ -43,7 +43,7 @@ from acpo_utils.runs import RunState, resume, start_run
 from acpo_utils.shares import batch_randint, batch_randn, own_batches, shared_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.threads import use_all_cpus
-from acpo_utils.trackers import log_images
+from acpo_utils.trackers import log_images, mean_terms
 from acpo_utils.unconditional_images import (
     UnconditionalImages,
     hold_out,
@@ -445,9 +445,7 @@ def main(args):
             ema.step(parameters)
         # Of several guides each one's own score too.
         terms |= {f"score_{name}": score for name, score in getattr(evaluator, "last_scores", {}).items()}
-        means = {name: term.detach().mean() for name, term in terms.items() if name != "late_timesteps"}
-        logs = {name: mean.item() for name, mean in accelerator.reduce(means, "mean").items()}
-        logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        logs = mean_terms(accelerator, terms) | {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
         accelerator.log(logs | measured | {"skipped_steps": run.skipped_steps}, step=step + 1)
         progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
 

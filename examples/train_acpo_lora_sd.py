@@ -68,7 +68,7 @@ from acpo_utils.stable_diffusion import (
 )
 from acpo_utils.statistics import paired_comparison
 from acpo_utils.threads import use_all_cpus
-from acpo_utils.trackers import log_images
+from acpo_utils.trackers import log_images, mean_terms
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -490,9 +490,7 @@ def main(args):
                 optimizer.zero_grad()
         # Of several guides each one's own score too.
         terms |= {f"score_{name}": score for name, score in getattr(evaluator, "last_scores", {}).items()}
-        means = {name: term.detach().mean() for name, term in terms.items() if name != "late_timesteps"}
-        logs = {name: mean.item() for name, mean in accelerator.reduce(means, "mean").items()}
-        logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        logs = mean_terms(accelerator, terms) | {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
         if budget:
             logs["anchor_weight"] = budget.update(logs["loss_anchor"])
         accelerator.log(logs | measured | {"skipped_steps": run.skipped_steps}, step=step + 1)

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from acpo_utils.balance import BUCKETS, FLOOR, PATIENCE, Balance
+from acpo_utils.trackers import mean_terms
 
 
 @pytest.fixture
@@ -105,3 +106,9 @@ def test_a_term_without_a_share_is_named_once(model, caplog):
     (record,) = caplog.records
     assert "loss_quality" in record.message and "--quality_weight" in record.message
     assert resumed.measure(terms(), 1.0, 1.0, 1.0, 9) and resumed.below_floor["loss_quality"] == 0
+
+
+def test_what_is_logged_is_the_mean_of_each_term():
+    terms = {"loss": torch.tensor(2.5, requires_grad=True), "score": torch.tensor([0.25, 0.75])}
+    terms |= {"late_timesteps": torch.tensor([3, 4]), "half": torch.tensor([1.5], dtype=torch.bfloat16)}
+    assert mean_terms(Accelerator(cpu=True), terms) == {"loss": 2.5, "score": 0.5, "half": 1.5}
