@@ -49,4 +49,4 @@ def test_the_steps_run_and_train_the_lora(script):
 
 @pytest.mark.slow
 def test_the_whole_script_is_timed(script):
-    assert script.script_seconds(script.load_script(), 1) > 0
+    assert script.script_seconds(script.World("half", "cpu", torch.float32, 1), script.load_script(), 1) > 0
