@@ -78,7 +78,7 @@ def resume(accelerator, checkpoint: Path | None) -> int:
         accelerator.load_state(str(checkpoint))
     except RuntimeError as error:
         raise ValueError(
-            f"{checkpoint} is of another model or of other options (--anchor_budget, --balance_steps, --judge, "
+            f"{checkpoint} is of another model or of other options (--anchor_budget, --balance_steps, "
             f"--eval_prompts): {' '.join(str(error).split())[:200]}"
         ) from error
     step = checkpoint_step(checkpoint)
