@@ -13,8 +13,8 @@ import psutil
 import torch
 
 from acpo_utils.late_step import decode_latents
-from acpo_utils.stable_diffusion import latent_factor, latents_shape
-from acpo_utils.step_cost import HALF, Meter, StepCost, taesd
+from acpo_utils.stable_diffusion import HALF, latent_factor, latents_shape
+from acpo_utils.step_cost import Meter, StepCost, taesd
 
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from acpo_utils.checkpoints import load_lora, save_lora
 from acpo_utils.comparison import comparison_picture, score_images
 from acpo_utils.evaluators import load_evaluator, named_specs
+from acpo_utils.lora import load_lora, save_lora
 from acpo_utils.statistics import paired_comparison
 
 

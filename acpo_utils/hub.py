@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from acpo_utils.checkpoints import LORA_NAME, atomic_write
+from acpo_utils.checkpoints import atomic_write
+from acpo_utils.lora import LORA_NAME
 
 
 IGNORE_PATTERNS = [

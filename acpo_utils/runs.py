@@ -10,24 +10,26 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
 from acpo_utils.checkpoints import atomic_write, checkpoint_step
+from acpo_utils.sharding import configure_sharding, load_state
 
 
 logger = get_logger(__name__, log_level="INFO")
 SKIPPED_IN_A_ROW = 10
 
 
-def start_run(args) -> Accelerator:
+def start_run(args, sharding: tuple[str, ...] = ()) -> Accelerator:
     """The accelerator, the log's form, the seed, and OUTPUT_DIR/args.json, before anything is loaded.
 
     Args:
         args: a training script's, by the names that diffusers uses.
+        sharding: "deepspeed", "fsdp": what the script is made for (`configure_sharding`).
 
     Raises:
-        ValueError: for a way of launching that the scripts are not made for (DeepSpeed, FSDP, Megatron-LM; processes
-            that would train apart), or an --output_dir that cannot be written to.
+        ValueError: for a way of launching that the script is not made for, for processes that would train apart, or an
+            --output_dir that cannot be written to.
     """
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -39,7 +41,9 @@ def start_run(args) -> Accelerator:
         # The others wait while the first process samples and scores, which may take longer than NCCL's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-    _check_launch(accelerator)
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # not DeepSpeed's launcher's
+    configure_sharding(accelerator, args, sharding)
+    _check_processes(accelerator)
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO
     )
@@ -55,10 +59,7 @@ def start_run(args) -> Accelerator:
     return accelerator
 
 
-def _check_launch(accelerator) -> None:
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise ValueError(f"distributed_type {kind.value}: expected NO or MULTI_GPU (docs/scaling.md says why).")
+def _check_processes(accelerator) -> None:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise ValueError(
@@ -75,7 +76,7 @@ def resume(accelerator, checkpoint: Path | None) -> int:
     if checkpoint is None:
         return 0
     try:
-        accelerator.load_state(str(checkpoint))
+        load_state(accelerator, checkpoint)
     except RuntimeError as error:
         raise ValueError(
             f"{checkpoint} is of another model or of other options (--anchor_budget, --balance_steps, "
@@ -105,7 +106,7 @@ class RunState:
 
         Raises FloatingPointError at the tenth such step in a row.
         """
-        norm = accelerator.clip_grad_norm_(parameters, max_grad_norm).item()
+        norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))  # DeepSpeed gives no tensor
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             return norm

@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from acpo_utils.shares import batch_randn
 
 
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 # What from_pretrained of diffusers calls it: "dtype" is unknown before 0.40, "torch_dtype" warns since.
 DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40.0") else "torch_dtype"
 

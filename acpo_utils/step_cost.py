@@ -24,10 +24,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from acpo_utils.seeds import step_generator
-from acpo_utils.stable_diffusion import latent_factor, latents_shape
+from acpo_utils.stable_diffusion import HALF, latent_factor, latents_shape
 
 
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch has no formula for these two
 ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FORMULAS = flop_registry | {

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from acpo_utils.checkpoints import register_lora_hooks
+from acpo_utils.lora import register_lora_hooks
 
 
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -60,5 +60,5 @@ def load_adapter(unet: torch.nn.Module, path: str | Path) -> None:
 
 
 def register_adapter_hooks(accelerator, unet: torch.nn.Module) -> None:
-    """`acpo_utils.checkpoints.register_lora_hooks` of a LoRA that peft stores."""
+    """`acpo_utils.lora.register_lora_hooks` of a LoRA that peft stores."""
     register_lora_hooks(accelerator, unet, save_adapter, load_adapter)

@@ -32,7 +32,7 @@ from peft import LoraConfig
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from acpo_utils.checkpoints import LORA_NAME, atomic_write, load_lora, read_lora_config
+from acpo_utils.checkpoints import atomic_write
 from acpo_utils.comparison import image_tensor
 from acpo_utils.data import check_images, load_captioned_images, read_image
 from acpo_utils.evaluation_metrics import (
@@ -50,12 +50,13 @@ from acpo_utils.evaluation_metrics import (
 from acpo_utils.evaluation_table import finish_rows, markdown_table, notes, paired_row, set_row, write_tables
 from acpo_utils.image_manifest import ImageManifest, model_fingerprint
 from acpo_utils.late_window import late_window
+from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config
 from acpo_utils.pair_grids import choose_pairs, pair_grid
 from acpo_utils.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
 from acpo_utils.report import write_report
 from acpo_utils.seeds import step_generator
 from acpo_utils.set_metrics import prediction_errors
-from acpo_utils.stable_diffusion import DTYPE
+from acpo_utils.stable_diffusion import DTYPE, HALF
 from acpo_utils.threads import use_all_cpus
 
 
@@ -418,7 +419,7 @@ def main(args):
     except OSError as error:
         raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
 
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = HALF.get(accelerator.mixed_precision, torch.float32)
     files, errors, real = {}, {}, None
     for model, path in models.items():
         pipeline = load_pipeline(path, args, weight_dtype, accelerator.device)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
@@ -332,7 +333,12 @@ def add_lora(unet, args):
 
 
 def main(args):
-    accelerator = start_run(args)
+    accelerator = start_run(args, sharding=("deepspeed",))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"mixed_precision {accelerator.mixed_precision} with DeepSpeed: expected no, or DDP. DeepSpeed would keep the "
+            "whole U-Net in half precision, too coarse for its average (EMA)."
+        )
     if args.demo:
         in_force = ", ".join(f"{name} {getattr(args, name)}" for name in DEMO if "/" not in str(getattr(args, name)))
         logger.info(
@@ -341,7 +347,7 @@ def main(args):
         )
         if accelerator.device.type == "cpu":
             use_all_cpus()
-    resume_from = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.num_processes)
+    resume_from = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
 
     # Data is checked before any model is loaded.
     with accelerator.main_process_first():

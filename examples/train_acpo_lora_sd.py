@@ -27,14 +27,7 @@ from acpo_utils import comparison
 from acpo_utils.anchor import base_prediction
 from acpo_utils.anchor_budget import ANCHOR_BUDGET, AnchorBudget
 from acpo_utils.balance import Balance
-from acpo_utils.checkpoints import (
-    atomic_write,
-    find_checkpoint,
-    load_lora,
-    read_lora_config,
-    register_lora_hooks,
-    save_lora,
-)
+from acpo_utils.checkpoints import atomic_write, find_checkpoint
 from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images, tokenize
 from acpo_utils.drift import prediction_drift
 from acpo_utils.estimate import log_estimate
@@ -49,13 +42,16 @@ from acpo_utils.late_step import (
     sample_late_timesteps,
 )
 from acpo_utils.latent_cache import CachedLatents
+from acpo_utils.lora import load_lora, read_lora_config, register_lora_hooks, save_lora
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.prompts import Prompts, read_prompts
 from acpo_utils.runs import RunState, resume, start_run
 from acpo_utils.seeds import step_generator
+from acpo_utils.sharding import prepare, whole_weights
 from acpo_utils.shares import batch_randint, batch_randn, own_batches, shared_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.stable_diffusion import (
+    HALF,
     build_pipeline,
     compile_models,
     encode_images,
@@ -342,7 +338,7 @@ def add_lora(unet, args):
 
 
 def main(args):
-    accelerator = start_run(args)
+    accelerator = start_run(args, sharding=("deepspeed", "fsdp"))
     if args.demo:
         in_force = ", ".join(f"{name} {getattr(args, name)}" for name in DEMO if "/" not in str(getattr(args, name)))
         logger.info(
@@ -352,7 +348,7 @@ def main(args):
         )
         if accelerator.device.type == "cpu":
             use_all_cpus()
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.num_processes)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
 
     # Data and prompts are checked before any model is loaded.
     if args.train_prompts:
@@ -376,7 +372,7 @@ def main(args):
         evaluator = load_guide(args.evaluator, args.evaluator_weight, accelerator.device)
     judges = load_judges(args.judge or [], accelerator.device)
 
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = HALF.get(accelerator.mixed_precision, torch.float32)
     noise_scheduler, tokenizer, text_encoder, vae, decoder, unet = load_models(args, weight_dtype, accelerator.device)
     lora_parameters = add_lora(unet, args)  # a list: an iterator would leave nothing to clip
     if args.gradient_checkpointing:
@@ -385,33 +381,7 @@ def main(args):
     if args.torch_compile:
         compile_models(unet, decoder)
 
-    optimizer = torch.optim.AdamW(
-        lora_parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
-    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-    register_lora_hooks(accelerator, unet)
-    alarm, validation_prompts = None, eval_prompts[: args.num_validation_prompts]
-    if evaluator and len(validation_prompts) > 1:
-        scorers, keep_best = (evaluator, judges, accelerator.device), args.on_hacking == "keep_best"
-        sample_fixed = partial(sample, description="validation", args=args)
-        alarm = HackingAlarm(validation_prompts, sample_fixed, *scorers, args.output_dir, keep_best)
-    budget = AnchorBudget(args.anchor_budget, args.anchor_weight) if args.anchor_budget else None
-    balance = Balance(accelerator, lora_parameters, args.tmax) if args.balance_steps else None
-    run = RunState(accelerator, args.train_batch_size)
-    accelerator.register_for_checkpointing(*filter(None, (run, alarm, budget, balance)))
-
     # Sample n of the run is a function of (seed, n) alone, so resuming means to start counting at n.
-    first_step = resume(accelerator, checkpoint)
     num_samples = (
         args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     )
@@ -426,6 +396,52 @@ def main(args):
             train_set.build(vae, text_encoder, accelerator)
         else:
             train_set = CaptionedImages(dataset, tokenizer, args.resolution, center_crop=args.center_crop, **options)
+
+    if args.quality_weight:
+        probe = next(iter(DataLoader(train_set, batch_size=2, collate_fn=collate)))
+        generator, on_device = step_generator(args.seed), accelerator.device
+        if args.train_prompts:
+            latents = randn_tensor(latents_shape(vae, 2, args.resolution), generator, on_device)
+        else:
+            probe = {k: v.to(on_device) if isinstance(v, torch.Tensor) else v for k, v in probe.items()}
+            latents = encode_images(probe, vae, generator)
+        with torch.no_grad():
+            images = decode_latents(decoder, latents)
+        check_evaluator(evaluator, images, probe["prompts"])
+
+    probe = (images, probe["prompts"]) if args.quality_weight else None
+    models = (unet, vae, decoder, text_encoder)
+    log_estimate(accelerator, training_step, models, evaluator, judges, noise_scheduler, probe, args)
+
+    optimizer = torch.optim.AdamW(
+        lora_parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
+    unet, optimizer, lr_scheduler = prepare(accelerator, unet, optimizer, lr_scheduler)
+    lora_parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]  # FSDP2 replaces them
+    register_lora_hooks(accelerator, unet)
+    alarm, validation_prompts = None, eval_prompts[: args.num_validation_prompts]
+    if evaluator and len(validation_prompts) > 1:
+        scorers, keep_best = (evaluator, judges, accelerator.device), args.on_hacking == "keep_best"
+        sample_fixed = partial(sample, description="validation", args=args)
+        alarm = HackingAlarm(validation_prompts, sample_fixed, *scorers, args.output_dir, keep_best)
+    budget = AnchorBudget(args.anchor_budget, args.anchor_weight) if args.anchor_budget else None
+    balance = None
+    if args.balance_steps and not accelerator.is_fsdp2:  # which has gradients of its own backward pass alone
+        balance = Balance(accelerator, lora_parameters, args.tmax)
+    run = RunState(accelerator, args.train_batch_size)
+    accelerator.register_for_checkpointing(*filter(None, (run, alarm, budget, balance)))
+    first_step = resume(accelerator, checkpoint)
+
     batches = iter(
         DataLoader(
             train_set,
@@ -443,21 +459,6 @@ def main(args):
         batch = next(batches) | {"negative_embeds": negative_embeds}
         return {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-    if args.quality_weight:
-        probe = next(iter(DataLoader(train_set, batch_size=2, collate_fn=collate)))
-        generator, on_device = step_generator(args.seed), accelerator.device
-        if args.train_prompts:
-            latents = randn_tensor(latents_shape(vae, 2, args.resolution), generator, on_device)
-        else:
-            probe = {k: v.to(on_device) if isinstance(v, torch.Tensor) else v for k, v in probe.items()}
-            latents = encode_images(probe, vae, generator)
-        with torch.no_grad():
-            images = decode_latents(decoder, latents)
-        check_evaluator(evaluator, images, probe["prompts"])
-
-    probe = (images, probe["prompts"]) if args.quality_weight else None
-    models = (accelerator.unwrap_model(unet), vae, decoder, text_encoder)
-    log_estimate(accelerator, training_step, models, evaluator, judges, noise_scheduler, probe, args)
     accelerator.init_trackers("acpo-lora-sd", config=settings_of(args))
     logger.info("***** Running training *****")
     logger.info(
@@ -498,27 +499,29 @@ def main(args):
 
         if (step + 1) % args.validation_steps == 0 and (args.validation_prompt or alarm):
             hacked = [False]
-            if accelerator.is_main_process:
-                parts = (accelerator.unwrap_model(unet), vae, text_encoder, tokenizer, noise_scheduler)
-                hacked = [validate(build_pipeline(*parts), alarm, accelerator, step + 1, args)]
-                if args.cache_latents:
-                    offload_encoders(vae, text_encoder)
+            with whole_weights(accelerator, unet):
+                if accelerator.is_main_process:
+                    parts = (accelerator.unwrap_model(unet), vae, text_encoder, tokenizer, noise_scheduler)
+                    hacked = [validate(build_pipeline(*parts), alarm, accelerator, step + 1, args)]
+                    if args.cache_latents:
+                        offload_encoders(vae, text_encoder)
             if broadcast_object_list(hacked)[0] and args.on_hacking != "warn":
                 break
         due = (step + 1) % args.checkpointing_steps == 0
         checkpoint_or_stop(accelerator, args.output_dir, step + 1, due, args.checkpoints_total_limit)
 
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        unet = accelerator.unwrap_model(unet)
-        if alarm and alarm.rang and args.on_hacking == "keep_best":
-            alarm.restore_best(unet)
-        save_lora(unet, args.output_dir)
-        release_sigterm()  # what follows can be had again
-        pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
-        scorers = guide_parts(evaluator) | judges
-        events = {"skipped_steps": run.skipped_steps, "hacking_alarms": alarm.rang if alarm else {}}
-        finish(pipeline, scorers, eval_prompts, events, accelerator.device, args)
+    with whole_weights(accelerator, unet):
+        if accelerator.is_main_process:
+            unet = accelerator.unwrap_model(unet)
+            if alarm and alarm.rang and args.on_hacking == "keep_best":
+                alarm.restore_best(unet)
+            save_lora(unet, args.output_dir)
+            release_sigterm()  # what follows can be had again
+            pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
+            scorers = guide_parts(evaluator) | judges
+            events = {"skipped_steps": run.skipped_steps, "hacking_alarms": alarm.rang if alarm else {}}
+            finish(pipeline, scorers, eval_prompts, events, accelerator.device, args)
     accelerator.end_training()
 
 

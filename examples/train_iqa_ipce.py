@@ -472,7 +472,7 @@ def train_stage(number, stage, start, end, checkpoint, best, run, accelerator, a
 
 def main(args):
     accelerator = start_run(args)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.num_processes)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     with accelerator.main_process_first():
         stages = load_stages(args)
     for stage in stages:

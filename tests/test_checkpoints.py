@@ -5,26 +5,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from acpo_utils.checkpoints import (
-    LORA_NAME,
-    atomic_write,
-    checkpoint_step,
-    find_checkpoint,
-    load_lora,
-    read_lora_config,
-    register_lora_hooks,
-    save_checkpoint,
-    save_lora,
-)
+from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint, save_checkpoint
+from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config, register_lora_hooks, save_lora
 
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -276,7 +268,7 @@ def test_find_checkpoint_names_paths_and_absence(tmp_path, complete_checkpoint, 
     with pytest.raises(ValueError, match="checkpoint-9.* found neither"):
         find_checkpoint(folder, "checkpoint-9")
     with pytest.raises(ValueError, match="is of 1 process"):
-        find_checkpoint(folder, "latest", num_processes=2)
+        find_checkpoint(folder, "latest", SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_GPU))
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="named checkpoint-N"):
         find_checkpoint(tmp_path, "other")
@@ -299,7 +291,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import get_peft_model_state_dict
-from acpo_utils.checkpoints import find_checkpoint, register_lora_hooks, save_checkpoint
+from acpo_utils.checkpoints import find_checkpoint, save_checkpoint
+from acpo_utils.lora import register_lora_hooks
 from tests.test_checkpoints import lora_unet
 
 def training():
@@ -327,7 +320,7 @@ for number in (1, 2, 3, 4):
         save_checkpoint(accelerator, sys.argv[1], number)
 expected = {name: weight.clone() for name, weight in weights().items()}
 accelerator, step, weights = training()
-accelerator.load_state(str(find_checkpoint(sys.argv[1], "latest", accelerator.num_processes)))
+accelerator.load_state(str(find_checkpoint(sys.argv[1], "latest", accelerator)))
 step(); step()
 assert all(torch.equal(weight, expected[name]) for name, weight in weights().items())
 print(f"rank {accelerator.process_index} is exact")

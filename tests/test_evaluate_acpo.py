@@ -52,7 +52,7 @@ def run(options, monkeypatch, capsys, fails=False) -> str:
 def save_tiny_lora(folder: Path, seed: int, guides: list[str] | None) -> Path:
     from peft import LoraConfig
 
-    from acpo_utils.checkpoints import save_lora
+    from acpo_utils.lora import save_lora
     from tests.conftest import tiny_unet
 
     folder.mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_two_loras_two_prompt_sets_and_every_output(
     # The numbers are those of the images, and the images those of a stock pipeline from the same noise.
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from acpo_utils.checkpoints import LORA_NAME
+    from acpo_utils.lora import LORA_NAME
     from acpo_utils.statistics import holm, paired_comparison
 
     for model, lora in zip(results["images"], (None, *loras)):

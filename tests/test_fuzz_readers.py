@@ -35,9 +35,10 @@ from scipy.io import loadmat, savemat
 from scipy.sparse import csr_matrix
 
 from acpo_utils import kadid
-from acpo_utils.checkpoints import find_checkpoint, load_lora, read_lora_config, save_lora
+from acpo_utils.checkpoints import find_checkpoint
 from acpo_utils.data import check_images, load_captioned_images, read_image
 from acpo_utils.image_manifest import ImageManifest
+from acpo_utils.lora import load_lora, read_lora_config, save_lora
 from acpo_utils.mat_files import read_mat
 from acpo_utils.prompt_sets import read_prompt_set
 from acpo_utils.prompts import read_prompts

@@ -1,7 +1,8 @@
 """Two processes (gloo, on the CPU) against one that does the same work: what docs/scaling.md says is equal, and is not.
 
 The scripts run as they are; what each training step was given and returned, and what was logged, is written down beside
-them. Two processes are started by `accelerate launch --config_file examples/accelerate_configs/cpu_2.yaml`.
+them. Two processes are started by `accelerate launch` and the configurations of examples/accelerate_configs: cpu_2.yaml, and
+those of DeepSpeed and FSDP2, for which accelerate is made to take the two processes for two GPUs.
 """
 
 import functools
@@ -21,6 +22,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
+from acpo_utils.checkpoints import find_checkpoint
 from acpo_utils.evaluators import TwoStreamIQA
 from tests.test_train_iqa_ipce import rated_rows, write_rows
 from tests.test_train_iqa_twostream import rated_rows as rated_photographs
@@ -47,6 +49,8 @@ KINDS = {
     [
         ("gpu_1_bf16", "NO", 1, "bf16"),
         ("gpu_8_bf16", "MULTI_GPU", 8, "bf16"),
+        ("gpu_8_deepspeed_zero2", "DEEPSPEED", 8, "bf16"),
+        ("gpu_8_fsdp2", "FSDP", 8, "bf16"),
         ("cpu_2", "MULTI_GPU", 2, "no"),
     ],
 )
@@ -55,7 +59,7 @@ def test_accelerate_reads_the_configurations(name, kind, processes, precision):
     assert config.distributed_type.value == kind
     assert (config.num_processes, config.num_machines, config.mixed_precision) == (processes, 1, precision)
     assert name in (REPOSITORY / "docs" / "scaling.md").read_text()
-    assert len(list(CONFIGS.iterdir())) == 3
+    assert len(list(CONFIGS.iterdir())) == 5
 
 
 def run_and_record(script, folder, words):
@@ -97,6 +101,16 @@ def run_and_record(script, folder, words):
     Path(folder, f"{record['rank']}.json").write_text(json.dumps(record))
 
 
+def as_gpus():
+    """accelerate shards on what it takes for GPUs alone."""
+    import torch
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
 def words(options):
     values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
     return [str(word) for name in values for word in (f"--{name}", *values[name]) if word is not True]
@@ -107,18 +121,20 @@ def read_records(folder, number):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(number)]
 
 
-def two_processes(kind, options, folder):
+def two_processes(kind, options, folder, config="cpu_2", precision="no"):
     """The records of both. `folder` is the run's --output_dir."""
     recorder = Path(f"{folder}-recorder.py")
-    code = inspect.getsource(run_and_record)
-    recorder.write_text(f"import sys\n\n\n{code}\n\nrun_and_record(*sys.argv[1:3], sys.argv[3:])\n")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu_2.yaml"]
-    command += ["--main_process_port", "29627", recorder, REPOSITORY / "examples" / KINDS[kind][0], f"{folder}-record"]
+    code = [inspect.getsource(function) for function in (as_gpus, run_and_record)]
+    calls = ["as_gpus()"] * (config != "cpu_2") + ["run_and_record(*sys.argv[1:3], sys.argv[3:])\n"]
+    recorder.write_text("\n\n".join(["import sys", *code, *calls]))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
+    command += ["--num_processes", "2", "--mixed_precision", precision, "--main_process_port", "29627"]
+    command += [recorder, REPOSITORY / "examples" / KINDS[kind][0], f"{folder}-record"]
     run = subprocess.run(
         [*map(str, command), *words(options | {"output_dir": folder})],
         capture_output=True,
         text=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"ACCELERATE_USE_CPU": str(config == "cpu_2"), "DS_ACCELERATOR": "cpu"},
         timeout=1800,
     )
     assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
@@ -276,3 +292,59 @@ def test_one_process_does_not_go_on_from_two(world, launched, tmp_path):
     shutil.copytree(folder / "checkpoint-2", tmp_path / "fewer" / "checkpoint-2")
     with pytest.raises(ValueError, match="is of 2 process.*this run has 1"):
         one_process("ddpm", world["ddpm"] | {"resume_from_checkpoint": "latest"}, tmp_path / "fewer")
+
+
+def check_sharded(config, kind, world, launched, folder):
+    """By `config` as by DDP; a run that was stopped after two steps goes on to the same end."""
+    (plain, plain_folder), sharded = launched(kind), two_processes(kind, world[kind], folder / "all", config)
+    assert curve(*sharded) == pytest.approx(curve(*plain), rel=1e-4)
+    assert logged(sharded[0], "grad_norm") == pytest.approx(logged(plain[0], "grad_norm"), rel=1e-3)
+    assert logged(sharded[0], "lr") == logged(plain[0], "lr")
+    assert difference(folder / "all" / KINDS[kind][1], plain_folder / KINDS[kind][1]) < 1e-5
+    shutil.copytree(folder / "all" / "checkpoint-2", folder / "rest" / "checkpoint-2")
+    rest = two_processes(kind, world[kind] | {"resume_from_checkpoint": "latest"}, folder / "rest", config)
+    assert logged(rest[0], "loss") == logged(sharded[0], "loss")[2:]
+    assert difference(folder / "all" / KINDS[kind][1], folder / "rest" / KINDS[kind][1]) == 0
+    with pytest.raises(ValueError, match="is of a run by (DEEPSPEED|FSDP), this one is by DDP"):
+        find_checkpoint(folder / "all", "latest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd", "ddpm", "ddpm from scratch"])
+def test_deepspeed(world, launched, tmp_path, kind):
+    pytest.importorskip("deepspeed")
+    check_sharded("gpu_8_deepspeed_zero2", kind, world, launched, tmp_path)
+
+
+@pytest.mark.slow
+def test_fsdp2(world, launched, tmp_path):
+    check_sharded("gpu_8_fsdp2", "sd", world, launched, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["gpu_8_deepspeed_zero2", "gpu_8_fsdp2"])
+def test_sharded_in_bf16_with_all_that_one_process_does_alone(world, launched, tmp_path, config):
+    if "deepspeed" in config:
+        pytest.importorskip("deepspeed")
+    (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\na green wall\n")
+    alone = {"eval_prompts": tmp_path / "prompts.txt", "num_inference_steps": 3, "validation_prompt": "a wall"}
+    alone |= {"validation_steps": 2, "balance_steps": 2, "on_hacking": "keep_best", "gradient_accumulation_steps": 2}
+    options = world["sd"] | alone
+    half = two_processes("sd", options, tmp_path / "half", config, precision="bf16")
+    whole = two_processes("sd", options, tmp_path / "whole")
+    assert curve(*half) == pytest.approx(curve(*whole), rel=0.02)
+    assert logged(half[0], "grad_norm") == pytest.approx(logged(whole[0], "grad_norm"), rel=0.1)
+    assert ("balance/loss_quality_share" in str(half[0]["logs"])) == ("deepspeed" in config)
+    differences = [
+        json.loads((tmp_path / run / "metrics.json").read_text())["comparisons"] for run in ("half", "whole")
+    ]
+    assert differences[0].keys() == differences[1].keys()
+    for run in ("half", "whole"):
+        pictures = {path.name for path in (tmp_path / run / "validation").iterdir()}
+        assert pictures == {f"{name}-{n}.png" for name in ("step", "base-beside-step") for n in (2, 4)}
+
+
+@pytest.mark.slow
+def test_an_evaluator_is_not_sharded(world, tmp_path):
+    with pytest.raises(AssertionError, match="distributed_type FSDP: expected one of NO, MULTI_GPU"):
+        two_processes("ipce", world["ipce"], tmp_path / "ipce", "gpu_8_fsdp2")

@@ -91,7 +91,7 @@ def test_outputs_checkpoints_and_comparison(flags, lora_of, tmp_path, tiny_pipel
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
 
-    from acpo_utils.checkpoints import LORA_NAME, load_lora
+    from acpo_utils.lora import LORA_NAME, load_lora
     from tests.conftest import tiny_unet
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
@@ -369,7 +369,7 @@ def test_an_unreadable_image_is_named_and_can_be_skipped(flags, tmp_path, captio
 def test_a_lora_of_another_model_is_refused(flags, tmp_path, monkeypatch, capsys):
     from peft import LoraConfig
 
-    from acpo_utils.checkpoints import save_lora
+    from acpo_utils.lora import save_lora
     from tests.conftest import tiny_unet
 
     other = tiny_unet(block_out_channels=(8, 32))

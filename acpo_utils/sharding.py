@@ -1,0 +1,124 @@
+"""DeepSpeed's ZeRO and FSDP2: what the processes of a run split up among them, and how to have a U-Net whole again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
+
+from acpo_utils.stable_diffusion import HALF
+
+
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+# In a checkpoint, of each kind the file that no other has.
+SHARDED_STATE = {"DEEPSPEED": "pytorch_model/mp_rank_00_model_states.pt", "FSDP": "pytorch_model_fsdp.bin"}
+# What DeepSpeed itself puts into its checkpoints. It reads them by unpickling, which could run anything else, too.
+DEEPSPEED_GLOBALS = {
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+
+
+def configure_sharding(accelerator, args, kinds: tuple[str, ...]) -> None:
+    """Checks the way of sharding, if there is one, and tells DeepSpeed what it cannot see in a script.
+
+    Args:
+        args: the script's. kinds: "deepspeed", "fsdp": what the script is made for.
+
+    Raises:
+        ValueError: for another one, for ZeRO-3, for FSDP1, and for options of FSDP2 under which the scripts go wrong.
+    """
+    kind, state = accelerator.distributed_type, accelerator.state
+    if kind == DistributedType.MEGATRON_LM or kind in SHARDED and kind.value.lower() not in kinds:
+        known = ", ".join(["NO", "MULTI_GPU", *(kind.upper() for kind in kinds)])
+        raise ValueError(f"distributed_type {kind.value}: expected one of {known} (docs/scaling.md says why).")
+    if kind == DistributedType.DEEPSPEED:
+        if state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "zero_stage 3: expected 0, 1 or 2. ZeRO-3 splits up weights that one process samples with."
+            )
+        state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": args.train_batch_size,
+            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+            "gradient_clipping": args.max_grad_norm,
+        }
+    if kind == DistributedType.FSDP:
+        plugin = state.fsdp_plugin
+        state_dict, efficient = plugin.state_dict_type.name, plugin.cpu_ram_efficient_loading
+        for option, found, expected, why in (
+            ("fsdp_version", plugin.fsdp_version, 2, "FSDP1 was not tried"),
+            ("fsdp_state_dict_type", state_dict, "FULL_STATE_DICT", "the others' checkpoints are pickles"),
+            ("fsdp_cpu_ram_efficient_loading", efficient, False, "the text encoder would be loaded once only"),
+            ("fsdp_activation_checkpointing", plugin.activation_checkpointing, False, "use --gradient_checkpointing"),
+        ):
+            if found != expected:
+                raise ValueError(f"{option} {found}: expected {expected} ({why}).")
+        plugin.mixed_precision_policy = None  # the LoRA stays in fp32: `prepare` computes by autocast, as DDP does
+
+
+def kind_of(accelerator) -> str:
+    """DEEPSPEED, FSDP, or DDP for all that keeps the model whole."""
+    return accelerator.distributed_type.value if accelerator.distributed_type in SHARDED else "DDP"
+
+
+def check_pickle(file: Path, kind: str) -> None:
+    """Raises ValueError if DeepSpeed would import from `file`, of one of its checkpoints, what it never puts there."""
+    if kind == "DEEPSPEED" and file.suffix == ".pt":
+        if other := set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - DEEPSPEED_GLOBALS:
+            raise ValueError(
+                f"{file} names {', '.join(sorted(other))}, which DeepSpeed does not write: it is not read."
+            )
+
+
+def prepare(accelerator, unet, optimizer, lr_scheduler):
+    """`accelerator.prepare` of a U-Net with a LoRA, whichever way it is sharded; in every way it returns fp32."""
+    if accelerator.distributed_type not in SHARDED:
+        return accelerator.prepare(unet, optimizer, lr_scheduler)
+    unet.to(memory_format=torch.contiguous_format)  # the one that both can split up
+    # accelerate does this for DDP alone, and DeepSpeed's autocast leaves out the anchor's pass and sampling.
+    if dtype := HALF.get(accelerator.mixed_precision):
+        unet.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, dtype)(unet.forward))
+    prepared = accelerator.prepare(unet, optimizer, lr_scheduler)
+    # A gathered parameter requires a gradient if it does when it is gathered first, and the anchor's pass, the first of
+    # a run, has the LoRA off.
+    with whole_weights(accelerator, prepared[0]):
+        pass
+    return prepared
+
+
+@contextmanager
+def whole_weights(accelerator, unet: torch.nn.Module) -> Iterator[None]:
+    """Inside, each process has all weights of a U-Net that FSDP2 has split up, and can sample alone. Else it changes nothing.
+
+    To be entered and left by every process. `state_dict()` would split the weights up again: read `named_parameters()`.
+    """
+    split = []
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from torch.distributed.fsdp import FSDPModule
+
+        split = [module for module in unet.modules() if isinstance(module, FSDPModule)]
+    for module in split:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in split:
+            module.reshard()
+            if module is not unet:  # the outermost is not split up between forward and backward in any case
+                module.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+
+
+def save_state(accelerator, folder: str | Path) -> None:
+    """`accelerator.save_state`, from DeepSpeed without the frozen weights."""
+    options = {"exclude_frozen_parameters": True} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+    accelerator.save_state(str(folder), **options)
+
+
+def load_state(accelerator, folder: str | Path) -> None:
+    """`accelerator.load_state` of what `save_state` wrote."""
+    options = {"load_module_strict": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+    accelerator.load_state(str(folder), **options)
