@@ -75,18 +75,12 @@ def check_pickle(file: Path, kind: str) -> None:
 
 def prepare(accelerator, unet, optimizer, lr_scheduler):
     """`accelerator.prepare` of a U-Net with a LoRA, whichever way it is sharded; in every way it returns fp32."""
-    if accelerator.distributed_type not in SHARDED:
-        return accelerator.prepare(unet, optimizer, lr_scheduler)
-    unet.to(memory_format=torch.contiguous_format)  # the one that both can split up
-    # accelerate does this for DDP alone, and DeepSpeed's autocast leaves out the anchor's pass and sampling.
-    if dtype := HALF.get(accelerator.mixed_precision):
-        unet.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, dtype)(unet.forward))
-    prepared = accelerator.prepare(unet, optimizer, lr_scheduler)
-    # A gathered parameter requires a gradient if it does when it is gathered first, and the anchor's pass, the first of
-    # a run, has the LoRA off.
-    with whole_weights(accelerator, prepared[0]):
-        pass
-    return prepared
+    if accelerator.distributed_type in SHARDED:
+        unet.to(memory_format=torch.contiguous_format)  # the one that both can split up
+        # accelerate does this for DDP alone, and DeepSpeed's autocast leaves out the anchor's pass and sampling.
+        if dtype := HALF.get(accelerator.mixed_precision):
+            unet.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, dtype)(unet.forward))
+    return accelerator.prepare(unet, optimizer, lr_scheduler)
 
 
 @contextmanager
