@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType, convert_outputs_to_fp32
+from accelerate.utils import DistributedType, compare_versions, convert_outputs_to_fp32
 
 from acpo_utils.stable_diffusion import HALF
 
@@ -29,7 +29,8 @@ def configure_sharding(accelerator, args, kinds: tuple[str, ...]) -> None:
         args: the script's. kinds: "deepspeed", "fsdp": what the script is made for.
 
     Raises:
-        ValueError: for another one, for ZeRO-3, for FSDP1, and for options of FSDP2 under which the scripts go wrong.
+        ValueError: for another one, for ZeRO-3, for FSDP1, and for options of FSDP2 under which the scripts go wrong, or
+            an accelerate with which they do.
     """
     kind, state = accelerator.distributed_type, accelerator.state
     if kind == DistributedType.MEGATRON_LM or kind in SHARDED and kind.value.lower() not in kinds:
@@ -46,6 +47,10 @@ def configure_sharding(accelerator, args, kinds: tuple[str, ...]) -> None:
             "gradient_clipping": args.max_grad_norm,
         }
     if kind == DistributedType.FSDP:
+        if compare_versions("accelerate", "<", "1.15.0"):
+            raise ValueError(
+                "FSDP2 needs accelerate 1.15 or later: an older one clips each part of the gradient alone."
+            )
         plugin = state.fsdp_plugin
         state_dict, efficient = plugin.state_dict_type.name, plugin.cpu_ram_efficient_loading
         for option, found, expected, why in (

@@ -19,6 +19,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
+from accelerate.utils import compare_versions
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
@@ -317,7 +318,11 @@ def test_deepspeed(world, launched, tmp_path, kind):
     check_sharded("gpu_8_deepspeed_zero2", kind, world, launched, tmp_path)
 
 
+OLD = compare_versions("accelerate", "<", "1.15.0")
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(OLD, reason="FSDP2 needs accelerate 1.15")
 def test_fsdp2(world, launched, tmp_path):
     check_sharded("gpu_8_fsdp2", "sd", world, launched, tmp_path)
 
@@ -327,22 +332,21 @@ def test_fsdp2(world, launched, tmp_path):
 def test_sharded_in_bf16_with_all_that_one_process_does_alone(world, launched, tmp_path, config):
     if "deepspeed" in config:
         pytest.importorskip("deepspeed")
+    elif OLD:
+        pytest.skip("FSDP2 needs accelerate 1.15")
     (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\na green wall\n")
     alone = {"eval_prompts": tmp_path / "prompts.txt", "num_inference_steps": 3, "validation_prompt": "a wall"}
     alone |= {"validation_steps": 2, "balance_steps": 2, "on_hacking": "keep_best", "gradient_accumulation_steps": 2}
     options = world["sd"] | alone
-    half = two_processes("sd", options, tmp_path / "half", config, precision="bf16")
-    whole = two_processes("sd", options, tmp_path / "whole")
-    assert curve(*half) == pytest.approx(curve(*whole), rel=0.02)
-    assert logged(half[0], "grad_norm") == pytest.approx(logged(whole[0], "grad_norm"), rel=0.1)
-    assert ("balance/loss_quality_share" in str(half[0]["logs"])) == ("deepspeed" in config)
-    differences = [
-        json.loads((tmp_path / run / "metrics.json").read_text())["comparisons"] for run in ("half", "whole")
-    ]
-    assert differences[0].keys() == differences[1].keys()
-    for run in ("half", "whole"):
-        pictures = {path.name for path in (tmp_path / run / "validation").iterdir()}
-        assert pictures == {f"{name}-{n}.png" for name in ("step", "base-beside-step") for n in (2, 4)}
+    sharded = two_processes("sd", options, tmp_path / "sharded", config, precision="bf16")
+    plain = two_processes("sd", options, tmp_path / "plain", precision="bf16")
+    assert curve(*sharded) == pytest.approx(curve(*plain), rel=2e-3)
+    assert logged(sharded[0], "grad_norm") == pytest.approx(logged(plain[0], "grad_norm"), rel=0.05)
+    assert ("balance/loss_quality_share" in str(sharded[0]["logs"])) == ("deepspeed" in config)
+    names = {f"{name}-{n}.png" for name in ("step", "base-beside-step") for n in (2, 4)}
+    for run in ("sharded", "plain"):
+        assert {path.name for path in (tmp_path / run / "validation").iterdir()} == names
+        assert "guide" in json.loads((tmp_path / run / "metrics.json").read_text())["comparisons"]
 
 
 @pytest.mark.slow
