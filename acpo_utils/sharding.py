@@ -29,7 +29,7 @@ def configure_sharding(accelerator, args, kinds: tuple[str, ...]) -> None:
         args: the script's. kinds: "deepspeed", "fsdp": what the script is made for.
 
     Raises:
-        ValueError: for another one, for ZeRO-3, for FSDP1, and for options of FSDP2 under which the scripts go wrong, or
+        ValueError: for another one, for ZeRO-0 and ZeRO-3, for FSDP1, and for options of FSDP2 under which the scripts go wrong, or
             an accelerate with which they do.
     """
     kind, state = accelerator.distributed_type, accelerator.state
@@ -37,9 +37,9 @@ def configure_sharding(accelerator, args, kinds: tuple[str, ...]) -> None:
         known = ", ".join(["NO", "MULTI_GPU", *(kind.upper() for kind in kinds)])
         raise ValueError(f"distributed_type {kind.value}: expected one of {known} (docs/scaling.md says why).")
     if kind == DistributedType.DEEPSPEED:
-        if state.deepspeed_plugin.zero_stage == 3:
+        if (stage := state.deepspeed_plugin.zero_stage) not in (1, 2):
             raise ValueError(
-                "zero_stage 3: expected 0, 1 or 2. ZeRO-3 splits up weights that one process samples with."
+                f"zero_stage {stage}: expected 1 or 2. 0 is DDP; 3 splits up what one process samples with."
             )
         state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": args.train_batch_size,
