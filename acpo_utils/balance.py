@@ -24,6 +24,7 @@ class Balance:
 
     def __init__(self, accelerator, parameters: list[torch.nn.Parameter], tmax: int):
         self.accelerator, self.parameters, self.tmax = accelerator, parameters, tmax
+        torch._functorch.config.donated_buffer = False  # else a compiled model refuses more than one backward pass
         self.below_floor: dict[str, int] = {}  # term: measurements in a row
 
     def measure(

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate.utils import DistributedType
 from safetensors import safe_open
 
 from acpo_utils.files import one_line
-from acpo_utils.sharding import SHARDED_STATE, check_pickle, kind_of, save_state
+from acpo_utils.sharding import SHARDED_STATE, check_deepspeed_pickle, save_state
 
 
 @contextmanager
@@ -100,14 +101,16 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
             raise ValueError(f"--resume_from_checkpoint: expected the folder {inside} or {path}, found neither.")
     checkpoint_step(path)
 
-    num_processes, kind = (accelerator.num_processes, kind_of(accelerator)) if accelerator else (1, "DDP")
-    written_as = next((k for k, file in SHARDED_STATE.items() if (path / file).exists()), "DDP")
+    num_processes, kind = (accelerator.num_processes, accelerator.distributed_type) if accelerator else (1, None)
+    kind = kind if kind in SHARDED_STATE else None
+    written_as = next((k for k, file in SHARDED_STATE.items() if (path / file).exists()), None)
     if written_as != kind:
+        names = [k.value if k else "DDP" for k in (written_as, kind)]
         raise ValueError(
-            f"Checkpoint {path} is of a run by {written_as}, this one is by {kind}: resume with {written_as}, or start anew "
-            "from its weights."
+            f"Checkpoint {path} is of a run by {names[0]}, this one is by {names[1]}: resume with {names[0]}, or start "
+            "anew from its weights."
         )
-    for name in (SHARDED_STATE.get(kind, "optimizer.bin"), "scheduler.bin", "random_states_0.pkl"):
+    for name in ("scheduler.bin", "random_states_0.pkl"):
         if not (path / name).is_file():
             raise ValueError(f"Checkpoint {path} is incomplete: {name} is missing. Resume from another one.")
     if (written_by := len(list(path.glob("random_states_*.pkl")))) != num_processes:
@@ -115,7 +118,11 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
             f"Checkpoint {path} is of {written_by} process(es), this run has {num_processes}: its place in the data and in "
             f"the schedule would be wrong. Resume with --num_processes {written_by}, or start anew from its weights."
         )
-    if not (weights := sorted(path.glob("*.safetensors"))) and kind == "DDP":
+    split = kind == DistributedType.DEEPSPEED  # a file for each process
+    optimizer_files = "pytorch_model/*_optim_states.pt" if split else "optimizer.bin"
+    if len(list(path.glob(optimizer_files))) < (num_processes if split else 1):
+        raise ValueError(f"Checkpoint {path} is incomplete: {optimizer_files} is missing. Resume from another one.")
+    if not (weights := sorted(path.glob("*.safetensors"))) and kind is None:
         raise ValueError(f"Checkpoint {path} is incomplete: it holds no .safetensors file. Resume from another one.")
     pickled = (file for pattern in ("*.bin", "*.pkl", "*.pt") for file in sorted(path.rglob(pattern)))
     for file in [*weights, *pickled]:
@@ -127,11 +134,12 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
                 with zipfile.ZipFile(file) as archive:
                     if damaged := archive.testzip():
                         raise zipfile.BadZipFile(f"checksum of {damaged}")
+                if kind == DistributedType.DEEPSPEED and file.suffix == ".pt":
+                    check_deepspeed_pickle(file)
         except Exception as error:  # zipfile passes on what its decompressors, and the names in a damaged list, raise
             raise ValueError(
                 f"Checkpoint {path} is damaged: {file.name} cannot be read ({one_line(error)}). Resume from another one."
             ) from error
-        check_pickle(file, kind)
     return path
 
 

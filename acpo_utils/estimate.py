@@ -30,7 +30,8 @@ def log_estimate(accelerator, training_step, models, evaluator, judges, noise_sc
     """
     if not accelerator.is_main_process:
         return
-    device, args = accelerator.device, SimpleNamespace(**vars(args) | {"mixed_precision": accelerator.mixed_precision})
+    device = models[0].device  # as tensors have it: of several processes, accelerate calls the CPU cpu:0
+    args = SimpleNamespace(**vars(args) | {"mixed_precision": accelerator.mixed_precision})
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             step_cost = StepCost(training_step, models, probe and (evaluator, *probe), noise_scheduler, device)

@@ -167,6 +167,7 @@ def register_lora_hooks(
     def load_hook(models: list, input_dir: str) -> None:
         if models:
             models.pop(position(models))
+        with whole_weights(accelerator, unet):  # of DeepSpeed and FSDP, accelerate has read them: this is the check
             load(unet, input_dir)
 
     accelerator.register_save_state_pre_hook(save_hook)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
 from acpo_utils.checkpoints import atomic_write, checkpoint_step
 from acpo_utils.sharding import configure_sharding, load_state
@@ -20,12 +20,12 @@ logger = get_logger(__name__, log_level="INFO")
 SKIPPED_IN_A_ROW = 10
 
 
-def start_run(args, sharding: tuple[str, ...] = ()) -> Accelerator:
+def start_run(args, sharding: tuple[DistributedType, ...] = ()) -> Accelerator:
     """The accelerator, the log's form, the seed, and OUTPUT_DIR/args.json, before anything is loaded.
 
     Args:
         args: a training script's, by the names that diffusers uses.
-        sharding: "deepspeed", "fsdp": what the script is made for (`configure_sharding`).
+        sharding: DeepSpeed, FSDP: what the script is made for (`acpo_utils.sharding`).
 
     Raises:
         ValueError: for a way of launching that the script is not made for, for processes that would train apart, or an

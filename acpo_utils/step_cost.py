@@ -134,7 +134,7 @@ class StepCost:
     """What one micro-step of `training_step` takes, with the flags of `args`, or with others.
 
     Args:
-        models: (unet with its LoRA, vae, decoder, text_encoder), as main() has prepared them; they stay as they are.
+        models: (unet with its LoRA, vae, decoder, text_encoder), before `accelerator.prepare`; they stay as they are.
         guide: (evaluator, images (B, 3, H, W) in [0, 1] of the training's size, B prompts); None without L_quality.
         device: the training's torch.device.
     """
@@ -151,7 +151,6 @@ class StepCost:
         decoder = vae if self.models[2] is self.models[1] else self._fake(self.models[2])
         if args.decode == "tiny" and decoder is vae:  # a suggestion: what it would load has TAESD's size
             decoder = self._fake(taesd(len(vae.config.block_out_channels), vae.config.latent_channels))
-        vars(unet).pop("forward", None)  # accelerate's, bound to the real U-Net
         if half:
             unet.forward = convert_outputs_to_fp32(torch.autocast(self.device.type, half)(unet.forward))
         for model in (unet, decoder):

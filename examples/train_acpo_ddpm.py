@@ -333,7 +333,7 @@ def add_lora(unet, args):
 
 
 def main(args):
-    accelerator = start_run(args, sharding=("deepspeed",))
+    accelerator = start_run(args, sharding=(DistributedType.DEEPSPEED,))
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision != "no":
         raise ValueError(
             f"mixed_precision {accelerator.mixed_precision} with DeepSpeed: expected no, or DDP. DeepSpeed would keep the "
@@ -394,7 +394,11 @@ def main(args):
         register_ema_hooks(accelerator, ema)
     if args.rank:
         register_adapter_hooks(accelerator, unet)
-    balance = Balance(accelerator, parameters, args.tmax) if args.balance_steps else None
+    balance = None
+    if (
+        args.balance_steps and accelerator.distributed_type != DistributedType.DEEPSPEED
+    ):  # its backward pass is its own
+        balance = Balance(accelerator, parameters, args.tmax)
     run = RunState(accelerator, args.train_batch_size)
     accelerator.register_for_checkpointing(*filter(None, (run, balance)))
 

@@ -47,7 +47,7 @@ from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quali
 from acpo_utils.prompts import Prompts, read_prompts
 from acpo_utils.runs import RunState, resume, start_run
 from acpo_utils.seeds import step_generator
-from acpo_utils.sharding import prepare, whole_weights
+from acpo_utils.sharding import SHARDED, prepare, whole_weights
 from acpo_utils.shares import batch_randint, batch_randn, own_batches, shared_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.stable_diffusion import (
@@ -338,7 +338,7 @@ def add_lora(unet, args):
 
 
 def main(args):
-    accelerator = start_run(args, sharding=("deepspeed", "fsdp"))
+    accelerator = start_run(args, sharding=SHARDED)
     if args.demo:
         in_force = ", ".join(f"{name} {getattr(args, name)}" for name in DEMO if "/" not in str(getattr(args, name)))
         logger.info(
@@ -436,7 +436,7 @@ def main(args):
         alarm = HackingAlarm(validation_prompts, sample_fixed, *scorers, args.output_dir, keep_best)
     budget = AnchorBudget(args.anchor_budget, args.anchor_weight) if args.anchor_budget else None
     balance = None
-    if args.balance_steps and not accelerator.is_fsdp2:  # which has gradients of its own backward pass alone
+    if args.balance_steps and accelerator.distributed_type not in SHARDED:  # those have a backward pass of their own
         balance = Balance(accelerator, lora_parameters, args.tmax)
     run = RunState(accelerator, args.train_batch_size)
     accelerator.register_for_checkpointing(*filter(None, (run, alarm, budget, balance)))

@@ -10,17 +10,25 @@ from accelerate.utils import DistributedType, compare_versions
 
 from acpo_utils.checkpoints import find_checkpoint, save_checkpoint
 from acpo_utils.lora import register_lora_hooks
-from acpo_utils.sharding import SHARDED_STATE, check_pickle, configure_sharding, prepare, whole_weights
+from acpo_utils.sharding import (
+    SHARDED,
+    SHARDED_STATE,
+    check_deepspeed_pickle,
+    configure_sharding,
+    prepare,
+    whole_weights,
+)
 from tests.test_checkpoints import lora_unet
 
 
 OLD = compare_versions("accelerate", "<", "1.15.0")
 ARGS = SimpleNamespace(train_batch_size=3, max_grad_norm=0.5)
-ALL = ("deepspeed", "fsdp")
+DEEPSPEED, FSDP = SHARDED
 
 
-def accelerator_of(kind, **plugins):
+def accelerator_of(kind, mixed_precision="bf16", **plugins):
     return SimpleNamespace(
+        mixed_precision=mixed_precision,
         distributed_type=DistributedType(kind),
         gradient_accumulation_steps=2,
         num_processes=1,
@@ -35,10 +43,13 @@ def fsdp(**changes):
 
 
 def test_deepspeed_is_told_what_a_step_is():
-    plugin = SimpleNamespace(zero_stage=2, deepspeed_config={"zero_optimization": {"stage": 2}})
-    configure_sharding(accelerator_of("DEEPSPEED", deepspeed_plugin=plugin), ARGS, ALL)
+    plugin = SimpleNamespace(
+        zero_stage=2, deepspeed_config={"zero_optimization": {"stage": 2}, "train_batch_size": 64}
+    )
+    configure_sharding(accelerator_of("DEEPSPEED", deepspeed_plugin=plugin), ARGS, SHARDED)
     assert plugin.deepspeed_config == {
         "zero_optimization": {"stage": 2},
+        "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5,
@@ -48,7 +59,7 @@ def test_deepspeed_is_told_what_a_step_is():
 @pytest.mark.skipif(OLD, reason="FSDP2 needs accelerate 1.15")
 def test_fsdp2_leaves_the_lora_in_fp32():
     accelerator = fsdp()
-    configure_sharding(accelerator, ARGS, ALL)
+    configure_sharding(accelerator, ARGS, SHARDED)
     assert accelerator.state.fsdp_plugin.mixed_precision_policy is None
 
 
@@ -56,21 +67,26 @@ def test_fsdp2_leaves_the_lora_in_fp32():
     "accelerator, kinds, expected",
     [
         (accelerator_of("DEEPSPEED"), (), "DEEPSPEED: expected one of NO, MULTI_GPU \\("),
-        (fsdp(), ("deepspeed",), "FSDP: expected one of NO, MULTI_GPU, DEEPSPEED \\("),
-        (accelerator_of("MEGATRON_LM"), ALL, "MEGATRON_LM: expected one of NO, MULTI_GPU, DEEPSPEED, FSDP"),
-        (accelerator_of("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=3)), ALL, "stage 3: expected 1 or 2"),
-        (fsdp(fsdp_version=1), ALL, "fsdp_version 1: expected 2"),
-        (fsdp(cpu_ram_efficient_loading=True), ALL, "efficient_loading True: expected False .the text encoder"),
-        (fsdp(activation_checkpointing=True), ALL, "use --gradient_checkpointing"),
+        (fsdp(), (DEEPSPEED,), "FSDP: expected one of NO, MULTI_GPU, DEEPSPEED \\("),
+        (accelerator_of("MEGATRON_LM"), SHARDED, "MEGATRON_LM: expected one of NO, MULTI_GPU, DEEPSPEED, FSDP"),
+        (
+            accelerator_of("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=3)),
+            SHARDED,
+            "stage 3: expected 1 or 2",
+        ),
+        (accelerator_of("DEEPSPEED", "fp16"), SHARDED, "fp16 with DEEPSPEED: expected bf16 or no"),
+        (fsdp(fsdp_version=1), SHARDED, "fsdp_version 1: expected 2"),
+        (fsdp(cpu_ram_efficient_loading=True), SHARDED, "efficient_loading True: expected False .the text encoder"),
+        (fsdp(activation_checkpointing=True), SHARDED, "use --gradient_checkpointing"),
         (
             fsdp(state_dict_type=SimpleNamespace(name="SHARDED_STATE_DICT")),
-            ALL,
+            SHARDED,
             "expected FULL_STATE_DICT .the others",
         ),
     ],
 )
 def test_what_does_not_work_is_refused(accelerator, kinds, expected):
-    if OLD and accelerator.distributed_type == DistributedType.FSDP and "fsdp" in kinds:
+    if OLD and accelerator.distributed_type == FSDP and FSDP in kinds:
         expected = "FSDP2 needs accelerate 1.15"
     with pytest.raises(ValueError, match=expected):
         configure_sharding(accelerator, ARGS, kinds)
@@ -96,31 +112,54 @@ class Import:
 def test_a_checkpoint_is_not_read_if_deepspeed_cannot_have_written_it(tmp_path, capsys):
     torch.save({"weights": torch.ones(2)}, tmp_path / "plain.pt")
     torch.save({"weights": Import()}, tmp_path / "other.pt")
-    check_pickle(tmp_path / "plain.pt", "DEEPSPEED")
-    with pytest.raises(ValueError, match="other.pt names builtins.print, which DeepSpeed does not write"):
-        check_pickle(tmp_path / "other.pt", "DEEPSPEED")
+    check_deepspeed_pickle(tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match="names builtins.print, which DeepSpeed does not write"):
+        check_deepspeed_pickle(tmp_path / "other.pt")
     with pytest.raises(pickle.UnpicklingError):  # what is read with weights_only=True needs no check
         torch.load(tmp_path / "other.pt", weights_only=True)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path, kind):
+def checkpoint(folder):
     accelerator, unet = Accelerator(cpu=True), lora_unet()
     optimizer = torch.optim.SGD([p for p in unet.parameters() if p.requires_grad], lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
     unet, *_ = accelerator.prepare(unet, optimizer, schedule)
     register_lora_hooks(accelerator, unet)
-    folder = save_checkpoint(accelerator, tmp_path, 1)
-    other = accelerator_of(kind.upper())
-    with pytest.raises(ValueError, match=f"is of a run by DDP, this one is by {kind.upper()}"):
+    return accelerator, save_checkpoint(accelerator, folder, 1)
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path, kind):
+    accelerator, folder = checkpoint(tmp_path)
+    other = accelerator_of(kind)
+    with pytest.raises(ValueError, match=f"is of a run by DDP, this one is by {kind.value}"):
         find_checkpoint(tmp_path, "latest", other)
-    state = folder / SHARDED_STATE[kind.upper()]
+    state = folder / SHARDED_STATE[kind]
     state.parent.mkdir(exist_ok=True)
     torch.save({"weights": torch.ones(2)}, state)
-    assert find_checkpoint(tmp_path, "latest", other) == folder
-    with pytest.raises(ValueError, match=f"is of a run by {kind.upper()}, this one is by DDP"):
+    with pytest.raises(ValueError, match=f"is of a run by {kind.value}, this one is by DDP"):
         find_checkpoint(tmp_path, "latest", accelerator)
+
+    optimizer = folder / "optimizer.bin"
+    if kind == DEEPSPEED:
+        optimizer = optimizer.rename(state.with_name("zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+    assert find_checkpoint(tmp_path, "latest", other) == folder
     state.write_bytes(state.read_bytes()[:-40])
     with pytest.raises(ValueError, match=f"is damaged: {state.name} cannot be read"):
         find_checkpoint(tmp_path, "latest", other)
+    optimizer.unlink()
+    with pytest.raises(ValueError, match="is incomplete: .*opti.* is missing"):
+        find_checkpoint(tmp_path, "latest", other)
+
+
+def test_a_pickle_of_deepspeeds_checkpoint_is_refused_in_one_line(tmp_path):
+    _, folder = checkpoint(tmp_path)
+    state = folder / SHARDED_STATE[DEEPSPEED]
+    state.parent.mkdir()
+    (folder / "optimizer.bin").rename(state.with_name("zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+    for protocol in (2, 4):  # the latter's opcodes are not known to torch's reader
+        torch.save({"weights": Import()}, state, pickle_protocol=protocol)
+        with pytest.raises(ValueError, match="is damaged: mp_rank_00_model_states.pt cannot be read") as error:
+            find_checkpoint(tmp_path, "latest", accelerator_of(DEEPSPEED))
+        assert "\n" not in str(error.value)

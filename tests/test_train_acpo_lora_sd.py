@@ -182,7 +182,8 @@ def test_mixed_precision_trains_samples_and_compares(flags, lora_of, tmp_path, t
 @pytest.mark.slow
 def test_compiled_training_is_the_same_but_for_rounding(flags, lora_of):
     for name, compiled in (("plain", None), ("compiled", True)):
-        launch(*flags(name, torch_compile=compiled, max_train_steps=2, validation_steps=1, num_validation_images=1))
+        options = {"max_train_steps": 2, "validation_steps": 1, "num_validation_images": 1, "balance_steps": 1}
+        launch(*flags(name, torch_compile=compiled, **options))
     plain, compiled = lora_of("plain"), lora_of("compiled")
     assert plain.keys() == compiled.keys()
     assert any(not torch.equal(plain[name], compiled[name]) for name in plain), "nothing was compiled"
