@@ -118,9 +118,9 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
             f"Checkpoint {path} is of {written_by} process(es), this run has {num_processes}: its place in the data and in "
             f"the schedule would be wrong. Resume with --num_processes {written_by}, or start anew from its weights."
         )
-    split = kind == DistributedType.DEEPSPEED  # a file for each process
-    optimizer_files = "pytorch_model/*_optim_states.pt" if split else "optimizer.bin"
-    if len(list(path.glob(optimizer_files))) < (num_processes if split else 1):
+    deepspeed = kind == DistributedType.DEEPSPEED
+    optimizer_files = "pytorch_model/*_optim_states.pt" if deepspeed else "optimizer.bin"
+    if len(list(path.glob(optimizer_files))) < (num_processes if deepspeed else 1):
         raise ValueError(f"Checkpoint {path} is incomplete: {optimizer_files} is missing. Resume from another one.")
     if not (weights := sorted(path.glob("*.safetensors"))) and kind is None:
         raise ValueError(f"Checkpoint {path} is incomplete: it holds no .safetensors file. Resume from another one.")
@@ -134,7 +134,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
                 with zipfile.ZipFile(file) as archive:
                     if damaged := archive.testzip():
                         raise zipfile.BadZipFile(f"checksum of {damaged}")
-                if kind == DistributedType.DEEPSPEED and file.suffix == ".pt":
+                if deepspeed and file.suffix == ".pt":
                     check_deepspeed_pickle(file)
         except Exception as error:  # zipfile passes on what its decompressors, and the names in a damaged list, raise
             raise ValueError(

@@ -18,7 +18,6 @@ SHARDED_STATE = {
 SHARDED = tuple(SHARDED_STATE)
 # What DeepSpeed itself puts into its checkpoints. It reads them by unpickling, which could run anything else, too.
 DEEPSPEED_GLOBALS = {
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",

@@ -41,6 +41,7 @@ from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.late_step import denoise_late_steps, late_window, rollout_late_samples, sample_late_timesteps
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
 from acpo_utils.runs import RunState, resume, start_run
+from acpo_utils.sharding import SHARDED
 from acpo_utils.shares import batch_randint, batch_randn, own_batches, shared_generator
 from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
 from acpo_utils.threads import use_all_cpus
@@ -395,9 +396,7 @@ def main(args):
     if args.rank:
         register_adapter_hooks(accelerator, unet)
     balance = None
-    if (
-        args.balance_steps and accelerator.distributed_type != DistributedType.DEEPSPEED
-    ):  # its backward pass is its own
+    if args.balance_steps and accelerator.distributed_type not in SHARDED:  # those have a backward pass of their own
         balance = Balance(accelerator, parameters, args.tmax)
     run = RunState(accelerator, args.train_batch_size)
     accelerator.register_for_checkpointing(*filter(None, (run, balance)))

@@ -397,19 +397,18 @@ def main(args):
         else:
             train_set = CaptionedImages(dataset, tokenizer, args.resolution, center_crop=args.center_crop, **options)
 
+    probe = None
     if args.quality_weight:
-        probe = next(iter(DataLoader(train_set, batch_size=2, collate_fn=collate)))
+        batch = next(iter(DataLoader(train_set, batch_size=2, collate_fn=collate)))
         generator, on_device = step_generator(args.seed), accelerator.device
         if args.train_prompts:
             latents = randn_tensor(latents_shape(vae, 2, args.resolution), generator, on_device)
         else:
-            probe = {k: v.to(on_device) if isinstance(v, torch.Tensor) else v for k, v in probe.items()}
-            latents = encode_images(probe, vae, generator)
+            batch = {k: v.to(on_device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            latents = encode_images(batch, vae, generator)
         with torch.no_grad():
-            images = decode_latents(decoder, latents)
-        check_evaluator(evaluator, images, probe["prompts"])
-
-    probe = (images, probe["prompts"]) if args.quality_weight else None
+            probe = (decode_latents(decoder, latents), batch["prompts"])
+        check_evaluator(evaluator, *probe)
     models = (unet, vae, decoder, text_encoder)
     log_estimate(accelerator, training_step, models, evaluator, judges, noise_scheduler, probe, args)
 

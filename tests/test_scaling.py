@@ -19,12 +19,12 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
-from accelerate.utils import compare_versions
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
 from acpo_utils.checkpoints import find_checkpoint
 from acpo_utils.evaluators import TwoStreamIQA
+from tests.test_sharding import OLD
 from tests.test_train_iqa_ipce import rated_rows, write_rows
 from tests.test_train_iqa_twostream import rated_rows as rated_photographs
 from tests.tiny_clip import build_clip_folder
@@ -322,9 +322,6 @@ def test_deepspeed(world, launched, tmp_path, kind, stage):
     check_sharded("gpu_8_deepspeed_zero2", kind, world, launched, tmp_path, ["--zero_stage", stage])
 
 
-OLD = compare_versions("accelerate", "<", "1.15.0")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(OLD, reason="FSDP2 needs accelerate 1.15")
 def test_fsdp2(world, launched, tmp_path):
@@ -333,7 +330,7 @@ def test_fsdp2(world, launched, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["gpu_8_deepspeed_zero2", "gpu_8_fsdp2"])
-def test_sharded_in_bf16_with_all_that_one_process_does_alone(world, launched, tmp_path, config):
+def test_sharded_in_bf16_with_all_that_one_process_does_alone(world, tmp_path, config):
     if "deepspeed" in config:
         pytest.importorskip("deepspeed")
     elif OLD:

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, compare_versions
 
 from acpo_utils.checkpoints import find_checkpoint, save_checkpoint
-from acpo_utils.lora import register_lora_hooks
 from acpo_utils.sharding import (
     SHARDED,
     SHARDED_STATE,
@@ -18,7 +17,7 @@ from acpo_utils.sharding import (
     prepare,
     whole_weights,
 )
-from tests.test_checkpoints import lora_unet
+from tests.test_checkpoints import lora_unet, training
 
 
 OLD = compare_versions("accelerate", "<", "1.15.0")
@@ -121,11 +120,7 @@ def test_a_checkpoint_is_not_read_if_deepspeed_cannot_have_written_it(tmp_path, 
 
 
 def checkpoint(folder):
-    accelerator, unet = Accelerator(cpu=True), lora_unet()
-    optimizer = torch.optim.SGD([p for p in unet.parameters() if p.requires_grad], lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
-    unet, *_ = accelerator.prepare(unet, optimizer, schedule)
-    register_lora_hooks(accelerator, unet)
+    accelerator, *_ = training(folder)
     return accelerator, save_checkpoint(accelerator, folder, 1)
 
 
