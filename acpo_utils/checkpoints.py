@@ -1,10 +1,11 @@
-"""Training checkpoints: written under a temporary name and renamed, checked before they are read."""
+"""Training checkpoints: written under a temporary name and renamed, checked before they are read, and saved on SIGTERM."""
 
+import logging
 import os
 import shutil
+import signal
+import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import DistributedType
@@ -14,21 +15,7 @@ from acpo_utils.files import one_line
 from acpo_utils.sharding import SHARDED_STATE, check_deepspeed_pickle, save_state
 
 
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` (same suffix); renamed to `path` on success, removed on an error.
-
-    A reader therefore sees the old file or the whole new one, never a half. Example:
-    `with atomic_write("metrics.json") as temporary: temporary.write_text(json.dumps(metrics))`
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_step(path: str | Path) -> int:
@@ -143,18 +130,24 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
     return path
 
 
-def load_strictly(from_pretrained: Callable, path: str, **kwargs):
-    """What `from_pretrained` of a diffusers model reads in `path`; safetensors only, and no tensor left out.
+def catch_sigterm(accelerator) -> None:
+    """From now on SIGTERM, in any process, makes `accelerator.check_trigger()` true in all of them, at the same step."""
+    signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
 
-    diffusers itself goes on to a pickle, and leaves a missing tensor uninitialised with no more than a line in the log.
-    Raises ValueError if a tensor is missing, of another shape, or does not belong.
-    """
-    kwargs = {"use_safetensors": True} | kwargs
-    model, info = from_pretrained(path, output_loading_info=True, **kwargs)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(kind) or [])):
-            raise ValueError(
-                f"The weights in {path} do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, "
-                f"e.g. {', '.join(keys[:3])}. Save the evaluator again or get an undamaged copy."
-            )
-    return model
+
+def release_sigterm() -> None:
+    """SIGTERM ends the process at once again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def checkpoint_or_stop(accelerator, output_dir: str | Path, step: int, due: bool, total_limit: int | None) -> None:
+    """Saves a checkpoint if one is due. After a SIGTERM saves one in any case, closes the trackers and exits with 143,
+    a shell's status for SIGTERM, so that no script takes the run as done. To be called by every process."""
+    stopping = accelerator.check_trigger()
+    if due or stopping:
+        save_checkpoint(accelerator, output_dir, step, total_limit)
+    if stopping:
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            logger.warning(f"Stopped by SIGTERM after step {step}: --resume_from_checkpoint latest goes on from here.")
+        sys.exit(128 + signal.SIGTERM)

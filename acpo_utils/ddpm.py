@@ -1,4 +1,10 @@
-"""Unconditional pixel models: the folder of a DDPM or DDIM, read and written; a new U-Net; its error on images."""
+"""Unconditional pixel models: the folder of a DDPM or DDIM, read and written; a new U-Net; a LoRA of a `UNet2DModel`.
+
+diffusers gives that model no `add_adapter`, so its LoRA is peft's own:
+
+unet = PeftModel.from_pretrained(pipeline.unet, folder)   # adapter_config.json, adapter_model.safetensors
+pipeline.unet = unet.merge_and_unload()                   # fused: a plain UNet2DModel again
+"""
 
 import copy
 import os
@@ -7,9 +13,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from acpo_utils.checkpoints import load_strictly
-from acpo_utils.denoising_error import denoising_errors
+from acpo_utils.files import load_strictly
+from acpo_utils.lora import register_lora_hooks
 
 
 USAGE = """
@@ -29,6 +37,8 @@ base = DiffusionPipeline.from_pretrained("{base_model}")  # the same by hand
 base.unet = PeftModel.from_pretrained(base.unet, "{folder}/lora").merge_and_unload()
 """
 SAMPLERS = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}
+ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 
 def load_ddpm(path: str, revision: str | None = None) -> tuple[UNet2DModel, DDPMScheduler | None, str]:
@@ -138,20 +148,46 @@ def usage_example(output_dir: str | Path, base_model: str | None, num_inference_
     return text.format(folder=Path(output_dir).resolve().name, base_model=base_model, steps=num_inference_steps)
 
 
-@torch.no_grad()
-def denoising_error(
-    unet: torch.nn.Module, noise_scheduler, images: torch.Tensor, seed: int = 0, batch_size: int = 16
-) -> torch.Tensor:
-    """MSE of the paper's table 1 by `denoising_errors`, batch by batch: two models are asked the same.
+def save_adapter(unet: torch.nn.Module, output_dir: str | Path) -> Path:
+    """Writes the LoRA of a `PeftModel` as peft does, without peft's own README.md. Returns the weights' file."""
+    output_dir = Path(output_dir)
+    temporary = output_dir / f".lora.{os.getpid()}.tmp"
+    try:
+        unet.save_pretrained(temporary)
+        for name in (ADAPTER_CONFIG_NAME, ADAPTER_NAME):
+            os.replace(temporary / name, output_dir / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output_dir / ADAPTER_NAME
 
-    Args:
-        unet: UNet2DModel, on any device. noise_scheduler: of its training. images: (N, 3, H, W) in [0, 1].
-    Returns:
-        (N,) errors, in fp32 on the CPU; lower is better.
+
+def load_adapter(unet: torch.nn.Module, path: str | Path) -> None:
+    """Loads a folder of `save_adapter` into the LoRA that the `PeftModel` already has.
+
+    Raises ValueError if there is none, if it is damaged, or if its layers or rank are others; nothing is loaded then.
     """
-    device, errors = next(unet.parameters()).device, []
-    for start in range(0, len(images), batch_size):
-        x0 = images[start : start + batch_size].to(device) * 2 - 1  # (B, 3, H, W) in [-1, 1]
-        rows = range(start, start + len(x0))
-        errors.append(denoising_errors(lambda z, t: unet(z, t, return_dict=False)[0], noise_scheduler, x0, rows, seed))
-    return torch.cat(errors).cpu()
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    file = Path(path) / ADAPTER_NAME
+    if not file.is_file():
+        raise ValueError(f"LoRA {path}: expected a folder with {ADAPTER_CONFIG_NAME} and {ADAPTER_NAME}, found none.")
+    try:
+        found = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"LoRA {file} is damaged: {' '.join(str(error).split())}") from error
+    expected = get_peft_model_state_dict(unet)
+    differing = sorted(
+        name for name in expected.keys() | found.keys()
+        if name not in found or name not in expected or found[name].shape != expected[name].shape
+    )  # fmt: skip
+    if differing:
+        raise ValueError(
+            f"LoRA {file} belongs to another model, or has another rank or other target modules: {len(differing)} of "
+            f"{len(expected)} tensors differ, e.g. {differing[0]}."
+        )
+    set_peft_model_state_dict(unet, found)
+
+
+def register_adapter_hooks(accelerator, unet: torch.nn.Module) -> None:
+    """`acpo_utils.lora.register_lora_hooks` of a LoRA that peft stores."""
+    register_lora_hooks(accelerator, unet, save_adapter, load_adapter)

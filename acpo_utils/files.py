@@ -1,7 +1,10 @@
 """Files as people give them: read as a whole, or refused in one line that names the file."""
 
+import csv
+import importlib.util
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,3 +53,82 @@ def parquet_errors(name: str | Path) -> Iterator[None]:
         yield
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} is damaged or no parquet file: {one_line(error)}") from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` (same suffix); renamed to `path` on success, removed on an error.
+
+    A reader therefore sees the old file or the whole new one, never a half. Example:
+    `with atomic_write("metrics.json") as temporary: temporary.write_text(json.dumps(metrics))`
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_strictly(from_pretrained: Callable, path: str, **kwargs):
+    """What `from_pretrained` of a diffusers model reads in `path`; safetensors only, and no tensor left out.
+
+    diffusers itself goes on to a pickle, and leaves a missing tensor uninitialised with no more than a line in the log.
+    Raises ValueError if a tensor is missing, of another shape, or does not belong.
+    """
+    kwargs = {"use_safetensors": True} | kwargs
+    model, info = from_pretrained(path, output_loading_info=True, **kwargs)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind) or [])):
+            raise ValueError(
+                f"The weights in {path} do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, "
+                f"e.g. {', '.join(keys[:3])}. Save the evaluator again or get an undamaged copy."
+            )
+    return model
+
+
+def aligned_table(cells: Sequence[Sequence[str]], text_columns: int) -> str:
+    """A markdown table, for the terminal as well. `cells`: the header, then the rows; all columns but the first
+    `text_columns` are numbers, which stand to the right."""
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in cells]
+    widths = [max(2, *map(len, column)) for column in zip(*cells)]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = [t.ljust(w) if i < text_columns else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * w if i < text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+
+
+def write_csv(path: str | Path, fields: Sequence[str], rows: Sequence[dict]) -> None:
+    """A csv file with the columns `fields`; what else a row has is left out."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def package_folder(name: str, pip_command: str) -> Path:
+    """The folder of the installed package that is imported as `name`; the package itself is not imported.
+
+    Raises ImportError with `pip_command` if it is not installed.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ImportError(f"the package {name} is needed and not installed: {pip_command}")
+    return Path(spec.submodule_search_locations[0])
+
+
+@contextmanager
+def no_pickles() -> Iterator[None]:
+    """Inside, torch.load reads tensors only: torch-fidelity and pyiqa ask it to unpickle whatever they downloaded."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable) if before is None else os.environ.update({variable: before})

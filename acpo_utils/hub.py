@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from acpo_utils.checkpoints import atomic_write
+from acpo_utils.files import atomic_write
 from acpo_utils.lora import LORA_NAME
 
 

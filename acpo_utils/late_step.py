@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
 
-from acpo_utils.shares import batch_randint, batch_randn
+from acpo_utils.randomness import batch_randint, batch_randn
 
 
 def sample_late_timesteps(
@@ -191,7 +191,7 @@ def rollout_late_latents(
     return rollout_late_samples(predict, noise_scheduler, latents_shape, tmax, num_inference_steps, generator, *like)
 
 
-def late_window(
+def resolve_late_window(
     noise_scheduler, num_inference_steps: int, tmax: int | None = None, last_steps: int | None = None
 ) -> tuple[int, int]:
     """The late window both ways: its upper end tmax, and how many of the last sampling steps have t < tmax.
@@ -218,3 +218,26 @@ def late_window(
     if not 1 <= tmax <= total:
         raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {tmax}")
     return tmax, int((scheduler.timesteps < tmax).sum())
+
+
+def lora_below(pipeline, tmax: int):
+    """A `callback_on_step_end` for a Stable Diffusion pipeline, by which its LoRA acts at timesteps below `tmax` alone.
+
+    The quality and the anchor loss saw no others; elsewhere the LoRA is what the diffusion loss and chance made of it.
+    The adapter has to be loaded, not fused. It is off when this returns, as the first steps want it, and off again after
+    each run of the pipeline, so that one callback serves many.
+
+        pipeline.load_lora_weights("acpo-lora-sd")
+        pipeline(prompt, callback_on_step_end=lora_below(pipeline, 100))
+    """
+    pipeline.disable_lora()
+
+    def callback(pipeline, step: int, timestep, callback_kwargs: dict) -> dict:
+        following = pipeline.scheduler.timesteps[step + 1 : step + 2]
+        if len(following) and following[0] < tmax:
+            pipeline.enable_lora()
+        else:
+            pipeline.disable_lora()
+        return callback_kwargs
+
+    return callback

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, compare_versions, convert_outputs_to_fp32
 
-from acpo_utils.stable_diffusion import HALF
 
-
+WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 # In a checkpoint, of each kind the file that no other has.
 SHARDED_STATE = {
     DistributedType.DEEPSPEED: "pytorch_model/mp_rank_00_model_states.pt",
@@ -78,7 +77,7 @@ def prepare(accelerator, unet, optimizer, lr_scheduler):
     if accelerator.distributed_type in SHARDED:
         unet.to(memory_format=torch.contiguous_format)  # the one that both can split up
         # accelerate does this for DDP alone, and DeepSpeed's autocast leaves out the anchor's pass and sampling.
-        if dtype := HALF.get(accelerator.mixed_precision):
+        if dtype := WEIGHT_DTYPES.get(accelerator.mixed_precision):
             unet.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, dtype)(unet.forward))
     return accelerator.prepare(unet, optimizer, lr_scheduler)
 

@@ -13,10 +13,9 @@ from diffusers import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from acpo_utils.shares import batch_randn
+from acpo_utils.randomness import batch_randn
 
 
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 # What from_pretrained of diffusers calls it: "dtype" is unknown before 0.40, "torch_dtype" warns since.
 DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40.0") else "torch_dtype"
 
@@ -111,7 +110,7 @@ def encode_images(batch: dict, vae: AutoencoderKL, generator: torch.Generator | 
     """Latents (B, 4, h, w) as the U-Net sees them, a sample of the VAE's posterior.
 
     Of `batch["pixel_values"]` (B, 3, H, W) in [-1, 1], or of `batch["latent_moments"]` (B, 8, h, w), what
-    `acpo_utils.latent_cache` kept of the encoder's output.
+    `acpo_utils.data.latent_cache` kept of the encoder's output.
     """
     if "latent_moments" in batch:
         posterior = DiagonalGaussianDistribution(batch["latent_moments"].float())

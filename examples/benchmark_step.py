@@ -36,11 +36,11 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from acpo_utils.anchor import base_prediction
-from acpo_utils.checkpoints import atomic_write
-from acpo_utils.ipce import IPCE
+from acpo_utils.evaluators import IPCE
+from acpo_utils.files import atomic_write
 from acpo_utils.late_step import decode_latents, predict_original_sample
 from acpo_utils.losses import anchor_loss
-from acpo_utils.seeds import step_generator
+from acpo_utils.randomness import step_generator
 from acpo_utils.stable_diffusion import encode_images, encode_prompts
 
 

@@ -32,10 +32,13 @@ from peft import LoraConfig
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from acpo_utils.checkpoints import atomic_write
-from acpo_utils.comparison import image_tensor
 from acpo_utils.data import check_images, load_captioned_images, read_image
-from acpo_utils.evaluation_metrics import (
+from acpo_utils.data.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
+from acpo_utils.evaluation.denoising_error import prediction_errors
+from acpo_utils.evaluation.grids import choose_pairs, pair_grid
+from acpo_utils.evaluation.html_report import write_report
+from acpo_utils.evaluation.manifest import ImageManifest, model_fingerprint
+from acpo_utils.evaluation.metrics import (
     LOWER_IS_BETTER,
     NEED_PROMPTS,
     NEED_REAL_IMAGES,
@@ -47,17 +50,15 @@ from acpo_utils.evaluation_metrics import (
     score_files,
     set_values,
 )
-from acpo_utils.evaluation_table import finish_rows, markdown_table, notes, paired_row, set_row, write_tables
-from acpo_utils.image_manifest import ImageManifest, model_fingerprint
-from acpo_utils.late_window import late_window
+from acpo_utils.evaluation.sampling import image_tensor
+from acpo_utils.evaluation.table import finish_rows, markdown_table, notes, paired_row, set_row, write_tables
+from acpo_utils.files import atomic_write
+from acpo_utils.late_step import lora_below
 from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config
-from acpo_utils.pair_grids import choose_pairs, pair_grid
-from acpo_utils.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
-from acpo_utils.report import write_report
-from acpo_utils.seeds import step_generator
-from acpo_utils.set_metrics import prediction_errors
-from acpo_utils.stable_diffusion import DTYPE, HALF
-from acpo_utils.threads import use_all_cpus
+from acpo_utils.randomness import step_generator
+from acpo_utils.sharding import WEIGHT_DTYPES
+from acpo_utils.stable_diffusion import DTYPE
+from acpo_utils.training.run import use_all_cpus
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -74,7 +75,7 @@ def sample(pipeline, prompts, args):
     if args.resolution:
         settings |= {"height": args.resolution, "width": args.resolution}
     if acts_late(pipeline, args):
-        settings |= {"callback_on_step_end": late_window(pipeline, args.lora_tmax)}
+        settings |= {"callback_on_step_end": lora_below(pipeline, args.lora_tmax)}
     return pipeline([prompt.text for prompt in prompts], guidance_scale=args.guidance_scale, **settings).images
 
 
@@ -419,7 +420,7 @@ def main(args):
     except OSError as error:
         raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
 
-    weight_dtype = HALF.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
     files, errors, real = {}, {}, None
     for model, path in models.items():
         pipeline = load_pipeline(path, args, weight_dtype, accelerator.device)

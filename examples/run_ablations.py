@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from acpo_utils.ablation_check import check_flags
-from acpo_utils.ablation_grid import (
+from acpo_utils.ablations.check import check_flags
+from acpo_utils.ablations.grid import (
     check_rows,
     folder_name,
     parse_variant,
@@ -27,9 +27,9 @@ from acpo_utils.ablation_grid import (
     sweeps,
     variant_row,
 )
-from acpo_utils.ablation_plots import plot_rows, plot_sweep
-from acpo_utils.ablation_runs import Run, command, execute, failure, run_status
-from acpo_utils.ablation_table import markdown_table, notes, read_metrics, summarise_rows, write_tables
+from acpo_utils.ablations.plots import plot_rows, plot_sweep
+from acpo_utils.ablations.runs import Run, command, execute, failure, run_status
+from acpo_utils.ablations.table import markdown_table, notes, read_metrics, summarise_rows, write_tables
 
 
 SD, DDPM = "train_acpo_lora_sd.py", "train_acpo_ddpm.py"

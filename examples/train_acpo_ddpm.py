@@ -29,32 +29,39 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-from acpo_utils import comparison
 from acpo_utils.anchor import base_prediction, without_adapter
-from acpo_utils.balance import Balance
-from acpo_utils.checkpoints import atomic_write, find_checkpoint
-from acpo_utils.data import check_images
-from acpo_utils.ddpm import SAMPLERS, build_pipeline, load_ddpm, new_unet, save_ddpm, usage_example
-from acpo_utils.ema import ema_weights, register_ema_hooks
-from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
-from acpo_utils.hub import push_to_hub, save_model_card, settings_of
-from acpo_utils.late_step import denoise_late_steps, late_window, rollout_late_samples, sample_late_timesteps
-from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
-from acpo_utils.runs import RunState, resume, start_run
-from acpo_utils.sharding import SHARDED
-from acpo_utils.shares import batch_randint, batch_randn, own_batches, shared_generator
-from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
-from acpo_utils.threads import use_all_cpus
-from acpo_utils.trackers import log_images, mean_terms
-from acpo_utils.unconditional_images import (
+from acpo_utils.checkpoints import catch_sigterm, checkpoint_or_stop, find_checkpoint, release_sigterm
+from acpo_utils.data import (
     UnconditionalImages,
+    check_images,
     hold_out,
     load_unconditional_images,
     load_validation_images,
     to_tensor,
 )
-from acpo_utils.unconditional_report import compare, measure, split_judges, summarise
-from acpo_utils.unet2d_lora import register_adapter_hooks, save_adapter
+from acpo_utils.ddpm import (
+    SAMPLERS,
+    build_pipeline,
+    load_ddpm,
+    new_unet,
+    register_adapter_hooks,
+    save_adapter,
+    save_ddpm,
+    usage_example,
+)
+from acpo_utils.evaluation.grids import comparison_picture
+from acpo_utils.evaluation.sampling import sample_unconditional
+from acpo_utils.evaluation.unconditional import compare, measure, split_judges, summarise
+from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
+from acpo_utils.files import atomic_write
+from acpo_utils.hub import push_to_hub, save_model_card, settings_of
+from acpo_utils.late_step import denoise_late_steps, resolve_late_window, rollout_late_samples, sample_late_timesteps
+from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
+from acpo_utils.randomness import batch_randint, batch_randn, own_batches, shared_generator
+from acpo_utils.sharding import SHARDED
+from acpo_utils.training.ema import ema_weights, register_ema_hooks
+from acpo_utils.training.gradient_balance import Balance
+from acpo_utils.training.run import RunState, log_images, mean_terms, resume, start_run, use_all_cpus
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -155,7 +162,7 @@ def parse_args():
     add("--model_config_name_or_path", help="from scratch: config.json of a UNet2DModel, or its folder; default: the U-Net of diffusers' train_unconditional.py")
     add("--evaluator", action="append", help="the frozen guide Q: two-stream:PATH or docs/evaluators.md; again for several")
     add("--evaluator_weight", action="append", type=float, help="one for each of several guides; equal by default")
-    add("--judge", action="append", help="of the final table, guides nothing: kid, diversity, brisque or an evaluator; again for several")
+    add("--judge", action="append", help="of the final table, guides nothing: kid, diversity or an evaluator; again for several")
     # Data
     add("--dataset_name", help="hub data set with an image column, such as uoft-cs/cifar10")
     add("--dataset_config_name")
@@ -320,7 +327,7 @@ def load_models(args):
             prediction_type=args.prediction_type,
         )
     schedule = (noise_scheduler, args.ddpm_num_inference_steps)
-    args.tmax, args.last_steps = late_window(*schedule, args.tmax, args.last_steps)
+    args.tmax, args.last_steps = resolve_late_window(*schedule, args.tmax, args.last_steps)
     return unet, noise_scheduler
 
 
@@ -467,7 +474,7 @@ def main(args):
                 if epoch % args.save_images_epochs == 0:
                     pipeline = build_pipeline(accelerator.unwrap_model(unet), noise_scheduler, args.sampler)
                     settings = (args.seed, args.eval_batch_size, args.ddpm_num_inference_steps)
-                    images = comparison.sample_unconditional(pipeline, args.eval_batch_size, *settings)
+                    images = sample_unconditional(pipeline, args.eval_batch_size, *settings)
                     log_images(accelerator, "samples", images, step + 1)
                     with atomic_write(Path(args.output_dir, "samples", f"step-{step + 1}.png")) as temporary:
                         save_image(images, temporary)
@@ -525,7 +532,7 @@ def finish(unet, base_unet, noise_scheduler, evaluator, judges, held_out, skippe
             numbers, table = compare(base_measures, measures)
             scores = [values["guide"] for values, _ in (base_measures, measures)] if evaluator else None
             titles = [f"noise {i}" for i in range(args.num_eval_images)]
-            comparison.comparison_picture(output_dir / "comparison.png", base_images, images, titles, scores)
+            comparison_picture(output_dir / "comparison.png", base_images, images, titles, scores)
         pictures = ["samples.png" if base_unet is None else "comparison.png"]
         metrics = {"num_images": args.num_eval_images, "skipped_steps": skipped_steps} | numbers
         with atomic_write(output_dir / "metrics.json") as temporary:

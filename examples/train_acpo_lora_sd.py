@@ -23,16 +23,24 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-from acpo_utils import comparison
-from acpo_utils.anchor import base_prediction
-from acpo_utils.anchor_budget import ANCHOR_BUDGET, AnchorBudget
-from acpo_utils.balance import Balance
-from acpo_utils.checkpoints import atomic_write, find_checkpoint
-from acpo_utils.data import CaptionedImages, check_images, collate, load_captioned_images, tokenize
-from acpo_utils.drift import prediction_drift
-from acpo_utils.estimate import log_estimate
-from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide
-from acpo_utils.hacking import HackingAlarm, load_judges
+from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
+from acpo_utils.checkpoints import catch_sigterm, checkpoint_or_stop, find_checkpoint, release_sigterm
+from acpo_utils.data import (
+    CachedLatents,
+    CaptionedImages,
+    Prompts,
+    check_images,
+    collate,
+    load_captioned_images,
+    read_prompts,
+    tokenize,
+)
+from acpo_utils.evaluation.denoising_error import prediction_drift
+from acpo_utils.evaluation.grids import comparison_picture
+from acpo_utils.evaluation.sampling import sample_images, score_images
+from acpo_utils.evaluation.table import comparison_table
+from acpo_utils.evaluators import check_evaluator, guide_parts, guide_weights, load_guide, load_judges
+from acpo_utils.files import atomic_write
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.late_step import (
     crop_latents,
@@ -41,17 +49,11 @@ from acpo_utils.late_step import (
     rollout_late_latents,
     sample_late_timesteps,
 )
-from acpo_utils.latent_cache import CachedLatents
 from acpo_utils.lora import load_lora, read_lora_config, register_lora_hooks, save_lora
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, quality_loss
-from acpo_utils.prompts import Prompts, read_prompts
-from acpo_utils.runs import RunState, resume, start_run
-from acpo_utils.seeds import step_generator
-from acpo_utils.sharding import SHARDED, prepare, whole_weights
-from acpo_utils.shares import batch_randint, batch_randn, own_batches, shared_generator
-from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
+from acpo_utils.randomness import batch_randint, batch_randn, own_batches, shared_generator, step_generator
+from acpo_utils.sharding import SHARDED, WEIGHT_DTYPES, prepare, whole_weights
 from acpo_utils.stable_diffusion import (
-    HALF,
     build_pipeline,
     compile_models,
     encode_images,
@@ -63,8 +65,10 @@ from acpo_utils.stable_diffusion import (
     offload_encoders,
 )
 from acpo_utils.statistics import paired_comparison
-from acpo_utils.threads import use_all_cpus
-from acpo_utils.trackers import log_images, mean_terms
+from acpo_utils.training.gradient_balance import Balance
+from acpo_utils.training.hacking_alarm import HackingAlarm
+from acpo_utils.training.memory_estimate import log_estimate
+from acpo_utils.training.run import RunState, log_images, mean_terms, resume, start_run, use_all_cpus
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -372,7 +376,7 @@ def main(args):
         evaluator = load_guide(args.evaluator, args.evaluator_weight, accelerator.device)
     judges = load_judges(args.judge or [], accelerator.device)
 
-    weight_dtype = HALF.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
     noise_scheduler, tokenizer, text_encoder, vae, decoder, unet = load_models(args, weight_dtype, accelerator.device)
     lora_parameters = add_lora(unet, args)  # a list: an iterator would leave nothing to clip
     if args.gradient_checkpointing:
@@ -527,7 +531,7 @@ def main(args):
 def sample(pipeline, prompts, description, args):
     """Images (N, 3, H, W) in [0, 1]; the same prompt list and seed give the same initial noise."""
     settings = (args.seed, args.eval_batch_size, args.num_inference_steps, args.guidance_scale)
-    return comparison.sample_images(pipeline, prompts, *settings, description)
+    return sample_images(pipeline, prompts, *settings, description)
 
 
 def validate(pipeline, alarm, accelerator, step, args):
@@ -553,17 +557,17 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         comparisons, guide_scores = {}, None
         for name, scorer in scorers.items():
             if scorer is not None:
-                scores = [comparison.score_images(scorer, images, prompts, device) for images in (base, finetuned)]
+                scores = [score_images(scorer, images, prompts, device) for images in (base, finetuned)]
                 comparisons[name] = paired_comparison(*scores)
                 guide_scores = guide_scores or scores
         drift = prediction_drift(pipeline, base, prompts, args.seed, args.eval_batch_size)
-        table = comparison.comparison_table(comparisons)
+        table = comparison_table(comparisons)
         table += f"\n\nDrift (eq. 7 on noised samples of the base model, all timesteps): {drift.mean():.3g}"
         metrics = {"comparisons": comparisons, "num_prompts": len(prompts)} | events
         metrics["sets"] = {"drift": [drift.mean().item(), drift.std().item() if len(drift) > 1 else 0.0]}
         with atomic_write(output_dir / "metrics.json") as temporary:
             temporary.write_text(json.dumps(metrics, indent=2))
-        comparison.comparison_picture(output_dir / "comparison.png", base, finetuned, prompts, guide_scores)
+        comparison_picture(output_dir / "comparison.png", base, finetuned, prompts, guide_scores)
         pictures = ["comparison.png"]
         print(f"\n{table}\n\nThe picture, the numbers and the LoRA are in {output_dir.resolve()}")
     save_model_card(

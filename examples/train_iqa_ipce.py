@@ -24,18 +24,27 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
-from acpo_utils.agreement import Best, agreement, copy_evaluator, save_evaluator
-from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint
+from acpo_utils.checkpoints import catch_sigterm, checkpoint_or_stop, checkpoint_step, find_checkpoint, release_sigterm
 from acpo_utils.data import to_rgb
 from acpo_utils.evaluators import IPCE
+from acpo_utils.files import atomic_write
 from acpo_utils.hub import push_to_hub, save_model_card
-from acpo_utils.rated_images import load_rated_images
-from acpo_utils.rating_reports import agreement_table, matched_above_mismatched, save_scatter
-from acpo_utils.rating_sets import TARGETS
-from acpo_utils.runs import RunState, resume, start_run
-from acpo_utils.seeds import EpochOrder, step_generator
-from acpo_utils.sigterm import catch_sigterm, checkpoint_or_stop, release_sigterm
-from acpo_utils.stages import ScoreMaps, Stage, check_stage, read_stages, to_scale, value_per_stage
+from acpo_utils.randomness import EpochOrder, step_generator
+from acpo_utils.ratings.agreement import agreement, agreement_table, matched_above_mismatched, save_scatter
+from acpo_utils.ratings.images import load_rated_images
+from acpo_utils.ratings.sets import TARGETS
+from acpo_utils.ratings.stages import (
+    Best,
+    ScoreMaps,
+    Stage,
+    check_stage,
+    copy_evaluator,
+    read_stages,
+    save_evaluator,
+    to_scale,
+    value_per_stage,
+)
+from acpo_utils.training.run import RunState, resume, start_run
 
 
 logger = get_logger(__name__, log_level="INFO")

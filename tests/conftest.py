@@ -1,10 +1,11 @@
 import os
 import sys
-from pathlib import Path
+
+from tests import REPOSITORY
 
 
 # The demo's scripts import each other, as scripts of one folder do.
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "demo"))
+sys.path.append(str(REPOSITORY / "examples" / "demo"))
 
 # Before torch is imported: one thread is several times faster than two on models this small, and nothing is fetched.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -115,7 +116,7 @@ def tiny_pipeline(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def tiny_guide(tmp_path_factory) -> str:
     """An IPCE folder around a tiny open_clip model with random weights."""
-    from acpo_utils.ipce import IPCE
+    from acpo_utils.evaluators import IPCE
 
     torch.manual_seed(3)
     guide = IPCE(

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from acpo_utils.anchor_budget import INTEGRAL, PROPORTIONAL, SMOOTHING, AnchorBudget
-from tests.test_train_acpo_lora_sd import flags, lora_of, run_in_process  # noqa: F401  (fixtures)
+from acpo_utils.anchor import INTEGRAL, PROPORTIONAL, SMOOTHING, AnchorBudget
+from tests.scripts.test_train_acpo_lora_sd import flags, lora_of, run_in_process  # noqa: F401  (fixtures)
 
 
 def test_the_weight_follows_the_formula():

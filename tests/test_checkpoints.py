@@ -15,8 +15,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from acpo_utils.checkpoints import atomic_write, checkpoint_step, find_checkpoint, save_checkpoint
+from acpo_utils.checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
+from acpo_utils.files import atomic_write
 from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config, register_lora_hooks, save_lora
+from tests import REPOSITORY
 
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -329,7 +331,7 @@ print(f"rank {accelerator.process_index} is exact")
 
 @pytest.mark.slow
 def test_two_processes_each_resume_with_their_own_random_state(tmp_path):
-    root = Path(__file__).resolve().parent.parent
+    root = REPOSITORY
     (tmp_path / "train.py").write_text(TWO_PROCESSES)
     # `accelerate launch --cpu --num_processes 2` starts one process only
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

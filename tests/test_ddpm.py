@@ -10,8 +10,10 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from acpo_utils.ddpm import build_pipeline, denoising_error, load_ddpm, new_unet, save_ddpm, usage_example
-from acpo_utils.ema import ema_weights, register_ema_hooks
+from acpo_utils.ddpm import build_pipeline, load_ddpm, new_unet, save_ddpm, usage_example
+from acpo_utils.evaluation.denoising_error import denoising_error
+from acpo_utils.training.ema import ema_weights, register_ema_hooks
+from tests import REPOSITORY
 from tests.conftest import tiny_unet
 from tests.tiny_ddpm import CONFIG, tiny_ddim, tiny_ddpm, tiny_unet2d
 
@@ -79,9 +81,8 @@ def test_a_new_unet(tmp_path):
 
 def test_the_demos_configuration_fits_the_repository():
     """At most 7 M parameters, so that fp16 takes less than 15 MB."""
-    from pathlib import Path
 
-    unet = new_unet(str(Path(__file__).parents[1] / "examples" / "demo" / "ddpm_config.json"), 64)
+    unet = new_unet(str(REPOSITORY / "examples" / "demo" / "ddpm_config.json"), 64)
     assert 2 * sum(parameter.numel() for parameter in unet.parameters()) < 14e6
 
 
@@ -105,7 +106,7 @@ def test_the_cards_code_runs(tmp_path, monkeypatch):
     """What the model card says about loading and fusing is true."""
     from peft import LoraConfig, get_peft_model
 
-    from acpo_utils.unet2d_lora import save_adapter
+    from acpo_utils.ddpm import save_adapter
 
     monkeypatch.chdir(tmp_path)
     base = tiny_ddpm(tmp_path / "base")
@@ -175,7 +176,7 @@ def test_another_kind_of_unet_is_named(tmp_path):
 def test_denoising_error(prediction_type):
     """Against float64 for one image; the same for each image whatever the batch; another seed asks other noise."""
     from acpo_utils.losses import diffusion_target
-    from acpo_utils.seeds import step_generator
+    from acpo_utils.randomness import step_generator
 
     unet, scheduler = tiny_unet2d(), DDPMScheduler(prediction_type=prediction_type, num_train_timesteps=100)
     images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))

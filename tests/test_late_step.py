@@ -7,8 +7,8 @@ from acpo_utils.late_step import (
     crop_latents,
     decode_latents,
     denoise_late_steps,
-    late_window,
     predict_original_sample,
+    resolve_late_window,
     rollout_late_latents,
     rollout_late_samples,
     sample_late_timesteps,
@@ -179,20 +179,20 @@ def test_the_late_window_of_the_last_steps_is_the_schedulers_own(scheduler_class
     sampler = scheduler_class(timestep_spacing=spacing)
     sampler.set_timesteps(steps)
     for last_steps in {1, min(2, steps), min(10, steps), steps}:
-        tmax, found = late_window(noise_scheduler, steps, last_steps=last_steps)
+        tmax, found = resolve_late_window(noise_scheduler, steps, last_steps=last_steps)
         below = sampler.timesteps[sampler.timesteps < tmax]
         assert found == last_steps == len(below) and torch.equal(below, sampler.timesteps[-last_steps:])
-        assert late_window(noise_scheduler, steps, tmax=tmax) == (tmax, last_steps)
+        assert resolve_late_window(noise_scheduler, steps, tmax=tmax) == (tmax, last_steps)
     assert noise_scheduler.num_inference_steps is None, "the caller's scheduler is left alone"
 
 
 def test_the_late_window_by_numbers():
     scheduler = DDPMScheduler()
-    assert late_window(scheduler, 1000, last_steps=10) == (10, 10), "the paper's last 10 of 1,000 steps"
-    assert late_window(scheduler, 1000, last_steps=1) == (1, 1)
-    assert late_window(scheduler, 50, last_steps=10) == (200, 10)
-    assert late_window(scheduler, 50, tmax=100) == (100, 5)
-    assert late_window(scheduler, 50) == (1000, 50) == late_window(scheduler, 50, last_steps=50)
+    assert resolve_late_window(scheduler, 1000, last_steps=10) == (10, 10), "the paper's last 10 of 1,000 steps"
+    assert resolve_late_window(scheduler, 1000, last_steps=1) == (1, 1)
+    assert resolve_late_window(scheduler, 50, last_steps=10) == (200, 10)
+    assert resolve_late_window(scheduler, 50, tmax=100) == (100, 5)
+    assert resolve_late_window(scheduler, 50) == (1000, 50) == resolve_late_window(scheduler, 50, last_steps=50)
     for arguments, message in (
         ({"last_steps": 51}, "--last_steps must be in 1..50"),
         ({"last_steps": 0}, "--last_steps must be in 1..50"),
@@ -200,7 +200,7 @@ def test_the_late_window_by_numbers():
         ({"num_inference_steps": 1001}, "--ddpm_num_inference_steps must be in 1..1000"),
     ):
         with pytest.raises(ValueError, match=message):
-            late_window(scheduler, **({"num_inference_steps": 50} | arguments))
+            resolve_late_window(scheduler, **({"num_inference_steps": 50} | arguments))
 
 
 def test_windows_lie_anywhere_inside_and_are_the_same_for_a_batch():

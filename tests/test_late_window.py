@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 
-from acpo_utils.late_window import late_window
+from acpo_utils.late_step import lora_below
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def test_the_lora_acts_below_tmax_alone(pipeline):
     pipeline.unet.register_forward_pre_hook(hook)
     always = run(pipeline)
     assert all(states.values()) and len(states) == 10
-    callback = late_window(pipeline, 250)
+    callback = lora_below(pipeline, 250)
     late = run(pipeline, callback_on_step_end=callback)
     assert {t for t, on in states.items() if on} == {t for t in states if t < 250} and 0 < sum(states.values()) < 5
     assert torch.equal(run(pipeline, callback_on_step_end=callback), late), "one callback serves many runs"
     pipeline.disable_lora()
     base = run(pipeline)
     assert (late - base).abs().max() > 1e-6 and (late - always).abs().max() > 1e-4
-    assert torch.equal(run(pipeline, callback_on_step_end=late_window(pipeline, 0)), base)
+    assert torch.equal(run(pipeline, callback_on_step_end=lora_below(pipeline, 0)), base)

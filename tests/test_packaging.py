@@ -4,12 +4,12 @@ import ast
 import configparser
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
+
 # Where the name to install is not the name to import.
 DISTRIBUTIONS = {
     "PIL": "pillow",
@@ -28,7 +28,7 @@ THROUGH = {
 @pytest.fixture(scope="module")
 def setup_cfg() -> configparser.ConfigParser:
     parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg")
+    parser.read(REPOSITORY / "setup.cfg")
     return parser
 
 
@@ -37,7 +37,7 @@ def lines(text: str) -> list[str]:
 
 
 def test_requirements_and_setup_cfg_are_one_list(setup_cfg):
-    requirements = lines((ROOT / "requirements.txt").read_text())
+    requirements = lines((REPOSITORY / "requirements.txt").read_text())
     assert requirements[-1] == "-e .[judge,test]"
     assert requirements[:-1] == lines(setup_cfg["options"]["install_requires"])
 
@@ -47,7 +47,7 @@ def test_the_oldest_versions_are_the_lower_bounds(setup_cfg):
     extras = setup_cfg["options.extras_require"]
     bounds = [setup_cfg["options"]["install_requires"], *(extras[name] for name in ("judge", "demo", "test"))]
     expected = {line.replace(">=", "==") for text in bounds for line in lines(text) if ">=" in line}
-    assert set(lines((ROOT / "tests" / "oldest-versions.txt").read_text())) == expected
+    assert set(lines((REPOSITORY / "tests" / "oldest-versions.txt").read_text())) == expected
     ours = {re.split("[<>=]", line)[0] for line in expected}  # a package has one bound, whichever extra names it
     others = {line.replace(">=", "==") for name in ("fid", "dev") for line in lines(extras[name]) if ">=" in line}
     assert {line for line in others if line.split("==")[0] in ours} <= expected
@@ -67,7 +67,7 @@ def test_every_import_is_a_named_requirement(setup_cfg):
     }
     unnamed = set()
     for folder, requirements in allowed.items():
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (REPOSITORY / folder).rglob("*.py"):
             siblings = (
                 {path.stem for path in file.parent.glob("*.py")} if folder in ("tests", "examples/demo") else set()
             )
@@ -82,12 +82,14 @@ def test_every_import_is_a_named_requirement(setup_cfg):
                         continue
                     name = THROUGH.get(module) or DISTRIBUTIONS.get(module, module)
                     if name.replace("-", "_").lower() not in requirements:
-                        unnamed.add(f"{file.relative_to(ROOT)}: {module}")
+                        unnamed.add(f"{file.relative_to(REPOSITORY)}: {module}")
     assert not unnamed
 
 
 @pytest.mark.parametrize("name", ["main", "test"])
 def test_readme_marks_the_commands_that_ci_runs(name):
-    match = re.search(rf"^<!-- ci: {name} -->\n+```bash\n(.+?)\n```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    match = re.search(
+        rf"^<!-- ci: {name} -->\n+```bash\n(.+?)\n```$", (REPOSITORY / "README.md").read_text(), re.M | re.S
+    )
     assert match, f"README.md: no code block after <!-- ci: {name} -->"
     assert "\n" not in match[1].replace("\\\n", "")  # .ci/run appends flags to it: one command

@@ -2,12 +2,12 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
+from tests import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
+
 SCRIPTS = sorted((REPOSITORY / "examples").glob("*.py"))
 TRAINING_SCRIPTS = [path for path in SCRIPTS if path.name.startswith("train_")]
 ACPO_SCRIPTS = [path for path in TRAINING_SCRIPTS if path.name.startswith("train_acpo_")]

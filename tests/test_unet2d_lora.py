@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from acpo_utils.unet2d_lora import load_adapter, register_adapter_hooks, save_adapter
+from acpo_utils.ddpm import load_adapter, register_adapter_hooks, save_adapter
 from tests.tiny_ddpm import tiny_unet2d
 
 

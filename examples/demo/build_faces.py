@@ -21,7 +21,7 @@ from datasets import Dataset, Features, Image, Value
 from dicebear import Avatar, Style
 from PIL import Image as PILImage
 
-from acpo_utils.checkpoints import atomic_write
+from acpo_utils.files import atomic_write
 
 
 # Style -> its scale: adventurer draws heads alone, smaller than those of the busts.

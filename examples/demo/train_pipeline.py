@@ -40,8 +40,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from acpo_utils.data import tokenize
-from acpo_utils.ema import ema_weights
 from acpo_utils.stable_diffusion import DTYPE
+from acpo_utils.training.ema import ema_weights
 
 
 def training_step(latents, prompt_embeds, unet, noise_scheduler, generator) -> torch.Tensor:

@@ -1,0 +1,41 @@
+"""Images, captions and prompts: everything is checked before training, and item n depends on (seed, n) alone."""
+
+from acpo_utils.data.captioned import (
+    CaptionedImages,
+    check_images,
+    collate,
+    fit_image,
+    load_captioned_images,
+    read_image,
+    to_rgb,
+    tokenize,
+)
+from acpo_utils.data.latent_cache import CachedLatents
+from acpo_utils.data.prompts import Prompts, read_prompts
+from acpo_utils.data.unconditional import (
+    UnconditionalImages,
+    hold_out,
+    load_unconditional_images,
+    load_validation_images,
+    to_tensor,
+)
+
+
+__all__ = [
+    "CachedLatents",
+    "CaptionedImages",
+    "Prompts",
+    "UnconditionalImages",
+    "check_images",
+    "collate",
+    "fit_image",
+    "hold_out",
+    "load_captioned_images",
+    "load_unconditional_images",
+    "load_validation_images",
+    "read_image",
+    "read_prompts",
+    "to_rgb",
+    "to_tensor",
+    "tokenize",
+]

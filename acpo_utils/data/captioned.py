@@ -1,0 +1,268 @@
+"""Captioned images: everything is checked before training, and item n depends on (seed, n) alone."""
+
+import io
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from acpo_utils.files import one_line, read_json_lines
+from acpo_utils.randomness import EpochOrder
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_captioned_images(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    image_column: str | None = "image",
+    caption_column: str | None = "text",
+    max_train_samples: int | None = None,
+    cache_dir: str | None = None,
+    seed: int = 0,
+    split: str = "train",
+) -> datasets.Dataset:
+    """Opens a data set of the hub (`dataset_name`), or a local folder or parquet file (`train_data_dir`).
+
+    A folder holds images with a `metadata.jsonl` (`file_name` and the caption column), or parquet files named after
+    their split (`train.parquet`, `train-*.parquet`, `data/train-*.parquet`). `max_train_samples` takes a random
+    subset chosen by `seed`. `image_column` None: "image", or "img" if there is only that (CIFAR-10). `caption_column`
+    None: images alone will do. The image column comes undecoded, as rows of {"bytes", "path"}, so that a file that
+    cannot be read can be named (`check_images`).
+
+    Raises ValueError, in one line, for an unknown path or column, an empty data set, a column that holds no images
+    or no captions, and if not exactly one source is given.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        found = "neither" if dataset_name is None else "both"
+        raise ValueError(f"Expected one of --dataset_name and --train_data_dir, found {found}: give exactly one.")
+    source = dataset_name or train_data_dir
+    if dataset_name is not None:
+        arguments = {"path": dataset_name, "name": dataset_config_name}
+    else:
+        arguments = _local_files(Path(train_data_dir), split)
+    try:
+        dataset = datasets.load_dataset(**arguments, split=split, cache_dir=cache_dir)
+    except Exception as error:  # datasets raises a dozen unrelated types here; the reader needs the sentence
+        expected = "" if dataset_name else " Expected images with a metadata.jsonl, or parquet files."
+        raise ValueError(f"Data set {source} ({split}) cannot be loaded: {_reason(error)}{expected}") from error
+
+    if image_column is None:
+        image_column = "img" if "img" in dataset.column_names and "image" not in dataset.column_names else "image"
+    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+        if column is not None and column not in dataset.column_names:
+            found = ", ".join(dataset.column_names)
+            raise ValueError(f"{flag} {column}: data set {source} has no such column, it has: {found}.")
+    feature = dataset.features[image_column]
+    if not isinstance(feature, datasets.Image) and not (
+        isinstance(feature, dict) and {"bytes", "path"} == set(feature)
+    ):
+        raise ValueError(f"--image_column {image_column} of {source}: expected images, found {_kind(feature)}.")
+    if caption_column is not None:
+        _check_captions(dataset, caption_column, source)
+
+    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    dataset.info.description = str(source)  # for the messages of check_images()
+    if max_train_samples is not None and max_train_samples < len(dataset):
+        dataset = dataset.shuffle(seed=seed).select(range(max_train_samples))
+    return dataset
+
+
+def _check_captions(dataset: datasets.Dataset, caption_column: str, source: str) -> None:
+    feature = dataset.features[caption_column]
+    feature = feature.feature if isinstance(feature, datasets.List) else feature  # several captions for one image
+    if _kind(feature) not in ("string", "large_string"):
+        raise ValueError(f"--caption_column {caption_column} of {source}: expected text, found {_kind(feature)}.")
+    try:
+        captions = dataset[caption_column][:]
+    except UnicodeDecodeError as error:  # parquet files are read without a look at their text
+        raise ValueError(f"--caption_column {caption_column} of {source}: expected UTF-8, {error.reason}.") from error
+    if missing := sum(text is None or isinstance(text, list) and (not text or None in text) for text in captions):
+        raise ValueError(f"--caption_column {caption_column} of {source}: {missing} of {len(dataset)} rows are empty.")
+
+
+def _local_files(path: Path, split: str) -> dict:
+    """Arguments of `load_dataset` for a local parquet file, a folder of parquet files, or an image folder."""
+    if path.is_file() and path.suffix == ".parquet":
+        return {"path": "parquet", "data_files": {split: str(path)}}
+    if not path.is_dir():
+        raise ValueError(f"--train_data_dir {path}: expected a folder or a .parquet file, found nothing there.")
+    if found := sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
+        files = [str(file) for file in found if file.stem == split or file.stem.startswith(f"{split}-")]
+        if not files:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"--train_data_dir {path}: expected {split}.parquet or {split}-*.parquet, found {names}.")
+        return {"path": "parquet", "data_files": {split: files}}
+    for metadata in path.rglob("metadata.jsonl"):  # pyarrow names no file, and a line `null` ends the process
+        for number, row in read_json_lines(metadata):
+            if not isinstance(row, dict):
+                raise ValueError(f"{metadata}, row {number}: expected an object with file_name, found {row!r}.")
+    return {"path": "imagefolder", "data_files": {split: str(path / "**")}}
+
+
+def _reason(error: BaseException) -> str:
+    error = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing; its cause does
+    text = one_line(error) or type(error).__name__
+    if "corresponds to no data" in text:
+        text = "it is empty."
+    if "scripts are no longer supported" in text:
+        text += " Turn it into an image folder first (for Visual Genome: examples/prepare_visual_genome.py)."
+    return text
+
+
+def _kind(feature) -> str:
+    return getattr(feature, "dtype", None) or type(feature).__name__
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB, upright (EXIF), 16-bit scaled to 8, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits per pixel: convert("RGB") would clip at 255, to an almost white image
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(cell: dict) -> Image.Image:
+    """Decodes one undecoded cell of an image column; raises what PIL raises."""
+    with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
+        return to_rgb(image)
+
+
+def fit_image(
+    image: Image.Image, resolution: int, center_crop: bool, random_flip: bool, rng: np.random.Generator
+) -> torch.Tensor:
+    """An RGB image as (3, R, R) float32 in [-1, 1]: its shorter side scaled to R, cropped, perhaps mirrored."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    if not center_crop:
+        left, top = int(rng.integers(width - resolution + 1)), int(rng.integers(height - resolution + 1))
+    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))  # (R, R, 3) uint8
+    if random_flip and rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+
+
+def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: bool = False) -> datasets.Dataset:
+    """Decodes every image once. An unreadable one raises ValueError with its name; `skip_bad_images` drops it."""
+
+    images = dataset.select_columns(image_column)
+
+    def problem(row: int) -> str | None:
+        cell = None
+        try:
+            cell = images[row][image_column]
+            read_image(cell)
+        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            name = one_line((cell or {}).get("path") or f"row {row}")
+            return f"{name} ({one_line(error) if cell else 'it has none'})"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = list(tqdm(pool.map(problem, range(len(images))), total=len(images), desc="Checking images"))
+    bad = [text for text in problems if text is not None]
+    first = f"{bad[0]}, in {dataset.info.description or 'the images given'}" if bad else ""
+    if bad and not skip_bad_images:
+        raise ValueError(
+            f"{len(bad)} of {len(problems)} images cannot be read, the first: {first}. "
+            "Repair or remove them, or pass --skip_bad_images."
+        )
+    if len(bad) == len(problems):
+        raise ValueError(f"None of the {len(problems)} images can be read, the first: {first}.")
+    if bad:
+        logger.warning("Skipped %d of %d images that cannot be read, the first: %s", len(bad), len(problems), first)
+        return dataset.select([row for row, text in enumerate(problems) if text is None])
+    return dataset
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """An endless, reproducible stream over a data set, cut at `num_samples` items.
+
+    Item n belongs to epoch n // size, which has its own permutation drawn from (seed, epoch); crop, flip and choice
+    of caption are drawn from (seed, n). So the data position of a run is one number: to resume after k items, go on
+    with item k. Items are {"pixel_values": (3, R, R) float32 in [-1, 1], "input_ids": (L,) int64 if there is a
+    tokenizer, "prompt": str}.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        tokenizer,
+        resolution: int,
+        num_samples: int,
+        seed: int = 0,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        image_column: str = "image",
+        caption_column: str = "text",
+    ):
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.resolution = resolution
+        self.num_samples = num_samples
+        self.seed = seed
+        self.center_crop = center_crop
+        self.random_flip = random_flip
+        self.image_column = image_column
+        self.caption_column = caption_column
+        self._row = EpochOrder(len(dataset), seed)
+        if tokenizer is not None:
+            self._warn_about_long_captions()
+
+    def _warn_about_long_captions(self) -> None:
+        # Here and not in __getitem__, so that it is said once and before training, however many workers there are.
+        limit = self.tokenizer.model_max_length
+        captions = []
+        for caption in self.dataset[self.caption_column][:]:
+            captions += [caption] if isinstance(caption, str) else caption
+        # A token is at least one byte: most captions need no look.
+        suspects = [caption for caption in captions if len(caption.encode()) > limit - 2]
+        lengths = [len(self.tokenizer(caption, truncation=False, verbose=False).input_ids) for caption in suspects]
+        long = [caption for caption, length in zip(suspects, lengths) if length > limit]
+        if long:
+            logger.warning(
+                "%d of %d captions are longer than the tokenizer's limit of %d tokens and are truncated, the first: %s",
+                len(long), len(captions), limit, long[0],
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, n: int) -> dict:
+        if not 0 <= n < self.num_samples:
+            raise IndexError(f"item {n} of {self.num_samples}")
+        row = self.dataset[self._row(n)]
+        rng = np.random.default_rng((self.seed, 1, n))
+        image = read_image(row[self.image_column])
+        pixel_values = fit_image(image, self.resolution, self.center_crop, self.random_flip, rng)  # (3, R, R)
+        caption = row[self.caption_column]
+        if not isinstance(caption, str):
+            caption = caption[int(rng.integers(len(caption)))]
+        item = {"pixel_values": pixel_values, "prompt": caption}
+        if self.tokenizer is not None:
+            item["input_ids"] = tokenize(self.tokenizer, [caption])[0]  # (L,)
+        return item
+
+
+def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
+    """`input_ids` (B, L), padded and truncated to the tokenizer's limit L."""
+    length = tokenizer.model_max_length
+    return tokenizer(prompts, max_length=length, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def collate(items: list[dict]) -> dict:
+    """{"pixel_values": (B, 3, R, R), "input_ids": (B, L) if the items have them, "prompts": list of B strings}."""
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "prompt"}
+    return {**batch, "prompts": [item["prompt"] for item in items]}

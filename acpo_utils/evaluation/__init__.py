@@ -1,0 +1,1 @@
+"""Base against fine-tuned model: images, metrics, tables, pictures, reports."""

@@ -1,0 +1,145 @@
+"""Errors of a model's prediction at fixed noise and timesteps: the MSE of the paper's table 1 (eq. 8) on held-out images, and
+how far a LoRA has moved the U-Net, the anchor's distance (eq. 7) over the whole range of timesteps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from tqdm.auto import tqdm
+
+from acpo_utils.anchor import base_prediction
+from acpo_utils.evaluation.set_metrics import read_images
+from acpo_utils.losses import diffusion_target
+from acpo_utils.randomness import step_generator
+
+
+MSE_TIMESTEPS = 10
+
+
+def denoising_errors(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    noise_scheduler,
+    x0: torch.Tensor,
+    rows: Sequence[int],
+    seed: int,
+) -> torch.Tensor:
+    """Mean squared error of `predict` over `MSE_TIMESTEPS` timesteps spread evenly over the whole range.
+
+    Args:
+        predict: (z_t (B, C, h, w), timesteps (B,)) -> prediction (B, C, h, w).
+        x0: (B, C, h, w), clean images in [-1, 1], or latents. rows: their B numbers, from which the noise is drawn.
+    Returns:
+        (B,) error against the scheduler's own target (noise, velocity or sample), fp32; lower is better.
+    """
+    error = torch.zeros(len(x0), device=x0.device)
+    for noisy, noise, timesteps in noised(noise_scheduler, x0, rows, seed):
+        target = diffusion_target(noise_scheduler, x0, noise, timesteps)
+        error += squared_distance(predict(noisy, timesteps), target)
+    return error / MSE_TIMESTEPS
+
+
+def noised(
+    noise_scheduler, x0: torch.Tensor, rows: Sequence[int], seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """`x0` (B, C, h, w) at each of the `MSE_TIMESTEPS` timesteps: z_t and eps of its shape, and t (B,)."""
+    total = noise_scheduler.config.num_train_timesteps
+    for k in range(MSE_TIMESTEPS):
+        timesteps = torch.full((len(x0),), int((k + 0.5) * total / MSE_TIMESTEPS), device=x0.device)  # (B,)
+        noise = fixed_noise(x0, seed, rows, k)  # (B, C, h, w)  eps
+        yield noise_scheduler.add_noise(x0, noise, timesteps), noise, timesteps
+
+
+def squared_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of each of B predictions (B, ...), in fp32: (B,)."""
+    return F.mse_loss(first.float(), second.float(), reduction="none").flatten(1).mean(1)
+
+
+def fixed_noise(like: torch.Tensor, seed: int, rows: Sequence[int], k: int) -> torch.Tensor:
+    """Noise (B, ...) of (seed, row, k) in the shape, dtype and place of `like` (B, ...): the same for every model."""
+    noise = [torch.randn(like.shape[1:], generator=step_generator(seed, row, k)) for row in rows]
+    return torch.stack(noise).to(like.device, like.dtype)
+
+
+@torch.no_grad()
+def denoising_error(
+    unet: torch.nn.Module, noise_scheduler, images: torch.Tensor, seed: int = 0, batch_size: int = 16
+) -> torch.Tensor:
+    """MSE of the paper's table 1 by `denoising_errors`, batch by batch: two models are asked the same.
+
+    Args:
+        unet: UNet2DModel, on any device. noise_scheduler: of its training. images: (N, 3, H, W) in [0, 1].
+    Returns:
+        (N,) errors, in fp32 on the CPU; lower is better.
+    """
+    device, errors = next(unet.parameters()).device, []
+    for start in range(0, len(images), batch_size):
+        x0 = images[start : start + batch_size].to(device) * 2 - 1  # (B, 3, H, W) in [-1, 1]
+        rows = range(start, start + len(x0))
+        errors.append(denoising_errors(lambda z, t: unet(z, t, return_dict=False)[0], noise_scheduler, x0, rows, seed))
+    return torch.cat(errors).cpu()
+
+
+@torch.no_grad()
+def prediction_errors(
+    pipeline, files: Sequence[Path], prompts: Sequence[str] | None, seed: int = 0, batch_size: int = 8
+) -> torch.Tensor:
+    """MSE of the paper's table 1 by `denoising_errors`, batch by batch: two models are asked the same.
+
+    Args:
+        pipeline: a Stable Diffusion pipeline, or an unconditional one (`prompts` None, no VAE).
+        files: N images of R x R pixels, R the model's own resolution. prompts: N strings.
+    Returns:
+        (N,) errors, in fp32 on the CPU; lower is better.
+    """
+    unet, device = pipeline.unet, pipeline.device
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # whatever it is sampled with
+    errors, rows = [], range(0)
+    for images in read_images(files, batch_size):
+        rows = range(rows.stop, rows.stop + len(images))
+        pixels = (images.to(device).float() / 127.5 - 1).to(unet.dtype)  # (B, 3, R, R) in [-1, 1]
+        conditions = ()
+        if prompts is not None:
+            texts = list(prompts[rows.start : rows.stop])
+            conditions = (pipeline.encode_prompt(texts, device, 1, False)[0],)  # (B, tokens, dim)  c
+            mean_std = pipeline.vae.encode(pixels.to(pipeline.vae.dtype)).latent_dist
+            sampled = mean_std.mean + mean_std.std * fixed_noise(mean_std.mean, seed, rows, MSE_TIMESTEPS)
+            pixels = (sampled * pipeline.vae.config.scaling_factor).to(unet.dtype)  # (B, 4, h, w)  x0
+        pixels = pixels[:, : unet.config.in_channels]  # of a model of grey images
+
+        def predict(noisy, timesteps, conditions=conditions):
+            return unet(noisy, timesteps, *conditions, return_dict=False)[0]
+
+        errors.append(denoising_errors(predict, scheduler, pixels, rows, seed).cpu())
+    return torch.cat(errors)
+
+
+@torch.no_grad()
+def prediction_drift(
+    pipeline, images: torch.Tensor, prompts: Sequence[str], seed: int = 0, batch_size: int = 16
+) -> torch.Tensor:
+    """L_anchor (eq. 7) on noised images, a mean over `MSE_TIMESTEPS` timesteps spread evenly over the whole range.
+
+    Args:
+        pipeline: a Stable Diffusion pipeline whose U-Net has a LoRA, switched on.
+        images: (N, 3, H, W) in [0, 1], of the size that the pipeline draws; natural are the base model's own samples.
+        prompts: N strings.
+    Returns:
+        (N,) fp32 on the CPU, in squared units of the prediction, whose variance is about 1; 0 without a change.
+    """
+    unet, vae, device = pipeline.unet, pipeline.vae, pipeline.unet.device
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # whatever it is sampled with
+    drift = []
+    for start in tqdm(range(0, len(images), batch_size), desc="measuring the drift"):
+        rows = range(start, min(start + batch_size, len(images)))
+        prompt_embeds = pipeline.encode_prompt([prompts[row] for row in rows], device, 1, False)[0]  # (B, tokens, dim)
+        pixels = (images[start : rows.stop] * 2 - 1).to(device, vae.dtype)  # (B, 3, H, W) in [-1, 1]
+        latents = (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).to(unet.dtype)  # (B, 4, h, w)
+        total = torch.zeros(len(rows), device=device)
+        for noisy_latents, _, timesteps in noised(noise_scheduler, latents, rows, seed):
+            base_pred = base_prediction(unet, noisy_latents, timesteps, prompt_embeds)  # eps_theta
+            model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]  # eps_phi
+            total += squared_distance(model_pred, base_pred)  # of eq. 7, for each image by itself
+        drift.append((total / MSE_TIMESTEPS).cpu())
+    return torch.cat(drift)

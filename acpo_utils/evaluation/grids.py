@@ -1,0 +1,98 @@
+"""Pictures of pairs: base beside fine-tuned."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from acpo_utils.files import atomic_write
+
+
+def comparison_picture(
+    path: str | Path,
+    base: torch.Tensor,
+    finetuned: torch.Tensor,
+    prompts: list[str],
+    scores: Sequence[torch.Tensor] | None = None,
+    columns: int = 8,
+    rows: int = 2,
+) -> None:
+    """Writes a PNG of the first `rows` x `columns` pairs, base above fine-tuned, prompt above, guide's score below.
+
+    Args:
+        base, finetuned: (N, 3, H, W) in [0, 1], same prompts and noise. scores: (base (N,), fine-tuned (N,)).
+    """
+    from matplotlib.figure import Figure
+
+    prompts = prompts[: rows * columns]
+    rows = -(-len(prompts) // columns)
+    figure = Figure(figsize=(1.75 * columns, 4.6 * rows), layout="constrained", dpi=110)
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, prompt in enumerate(prompts):
+        for k, (label, images) in enumerate((("base", base), ("ACPO", finetuned))):
+            axis = axes[2 * (i // columns) + k, i % columns]
+            axis.imshow(images[i].permute(1, 2, 0).numpy(), interpolation="nearest")
+            if k == 0:
+                axis.set_title("\n".join(textwrap.wrap(prompt, 24)[:3]), fontsize=7)
+            caption = label if scores is None else f"{label}  {scores[k][i]:.2f}"
+            axis.text(0.5, -0.04, caption, transform=axis.transAxes, ha="center", va="top", fontsize=7)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)
+
+
+def choose_pairs(changes: Sequence[float], count: int, seed: int = 0) -> dict[str, list[int]]:
+    """Which pairs to show: {"gains": largest first, "losses": largest first, "random": a draw by `seed`}.
+
+    `changes`: (n,) for each pair, positive is better. Gains are at most the pairs that gained, losses those that lost.
+    """
+    changes = np.asarray(changes, dtype=np.float64)
+    order = np.argsort(-changes, kind="stable")
+    gains = [int(i) for i in order if changes[i] > 0][:count]
+    losses = [int(i) for i in order[::-1] if changes[i] < 0][:count]
+    draw = np.random.default_rng(seed).permutation(len(changes))[:count]
+    return {"gains": gains, "losses": losses, "random": sorted(draw.tolist())}
+
+
+def pair_grid(
+    path: str | Path,
+    title: str,
+    pairs: Sequence[tuple[str | Path, str | Path]],
+    captions: Sequence[str],
+    columns: int = 6,
+) -> None:
+    """Writes a PNG of `pairs` (base's file, fine-tuned's file), base on top, with their captions under them.
+
+    Raises ValueError if there is no pair.
+    """
+    from matplotlib.figure import Figure
+
+    if not pairs:
+        raise ValueError("expected at least one pair of images, found none")
+    columns = min(columns, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure = Figure(figsize=(max(1.9 * columns, 4), 4.2 * rows + 0.4), layout="constrained", dpi=110)
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, (pair, caption) in enumerate(zip(pairs, captions)):
+        for k, file in enumerate(pair):
+            axis = axes[2 * (i // columns) + k, i % columns]
+            with Image.open(file) as image:
+                axis.imshow(np.asarray(image), interpolation="nearest")
+            if i % columns == 0:
+                label = ("base", "fine-tuned")[k]
+                axis.text(
+                    -0.05, 0.5, label, transform=axis.transAxes, ha="right", va="center", rotation=90, fontsize=7
+                )
+        lines = [line for part in caption.split("\n") for line in textwrap.wrap(part, 28)[:3]]
+        # A prompt may hold a $, which matplotlib would take for the beginning of a formula.
+        text = "\n".join(lines).replace("$", r"\$")
+        axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=7)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight")  # the last captions reach below the axes

@@ -1,0 +1,1 @@
+"""How a training runs: its beginning, its state, its monitors, its cost."""

@@ -1,0 +1,347 @@
+"""The real script on tiny models: same noise, what is kept and what is made again, every file that it writes."""
+
+import csv
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from acpo_utils.randomness import step_generator
+from tests import REPOSITORY
+
+
+SCRIPT = REPOSITORY / "examples" / "evaluate_acpo.py"
+PROMPTS = ["a red wall", "a blue wall", "a green | wall", 'a "yellow" wall', "two walls"]
+
+
+def redness(images, prompts=None):
+    """A metric for `python:tests.scripts.test_evaluate_acpo:redness`."""
+    return images[:, 0].mean((1, 2)).clamp(0.001, 0.999)
+
+
+def breaks(images, prompts=None):
+    return redness(images) * torch.nan
+
+
+def run(options, monkeypatch, capsys, fails=False) -> str:
+    """The script's own `__main__` block without a new interpreter; returns what it printed, or its error line."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
+    capsys.readouterr()
+    if not fails:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stopped.value.code != 0
+    message = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
+    return message[message.index("error: ") :].strip()
+
+
+def save_tiny_lora(folder: Path, seed: int, guides: list[str] | None) -> Path:
+    from peft import LoraConfig
+
+    from acpo_utils.lora import save_lora
+    from tests.conftest import tiny_unet
+
+    folder.mkdir(parents=True)
+    unet = tiny_unet()
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    torch.manual_seed(seed)
+    for name, parameter in unet.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    save_lora(unet, folder)
+    if guides is not None:
+        (folder / "args.json").write_text(json.dumps({"evaluator": guides, "quality_weight": 0.1}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory, tiny_guide):
+    folder = tmp_path_factory.mktemp("loras")
+    first = save_tiny_lora(folder / "first", 1, [f"ipce:{tiny_guide}"])
+    return first, save_tiny_lora(folder / "second", 2, None)
+
+
+@pytest.fixture
+def flags(tiny_pipeline, tiny_guide, loras, tmp_path):
+    (tmp_path / "held-out.txt").write_text("\n".join(PROMPTS) + "\n")
+
+    def build(**changes):
+        options = {
+            "pretrained_model_name_or_path": tiny_pipeline,
+            "lora": loras[0],
+            "prompts": tmp_path / "held-out.txt",
+            "num_inference_steps": 2,
+            "eval_batch_size": 2,
+            "metrics": [f"ipce:{tiny_guide}", "python:tests.scripts.test_evaluate_acpo:redness"],
+            "output_dir": tmp_path / "out",
+        } | changes
+        parts = []
+        for name, values in options.items():
+            if values is not None:
+                parts += [f"--{name}", *(values if isinstance(values, (list, tuple)) else [values])]
+        return [str(part) for part in parts]
+
+    return build
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_two_loras_two_prompt_sets_and_every_output(
+    flags, loras, tmp_path, tiny_pipeline, tiny_guide, captioned_images, monkeypatch, capsys
+):
+    (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na tower\tWorld\na bridge\tWorld\na boat\tWorld\n")
+    out = run(
+        flags(
+            lora=loras,
+            prompts=[tmp_path / "held-out.txt", f"partiprompts:{tmp_path / 'parti.tsv'}"],
+            metrics=[f"ipce:{tiny_guide}", "python:tests.scripts.test_evaluate_acpo:redness", "mse", "pickscore"]
+            + ["python:tests.scripts.test_evaluate_acpo:breaks"],
+            real_data_dir=captioned_images,
+            max_real_images=4,
+            num_grid_pairs=2,
+        ),
+        monkeypatch,
+        capsys,
+    )
+    folder = tmp_path / "out"
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["images"]) == ["base", "first", "second"]
+    assert [prompt["text"] for prompt in results["prompts"]] == [*PROMPTS, "a tower", "a bridge", "a boat"]
+    ipce, red = "ipce-guide", "redness"
+    assert list(results["scores"]) == [ipce, red]
+    assert "unavailable" in out and set(results["unavailable"]) == {
+        "pickscore",
+        "breaks",
+    }
+    assert "not finite" in results["unavailable"]["breaks"]
+    rows = {(row["model"], row["prompts"], row["metric"]): row for row in results["rows"]}
+    assert len(rows) == 2 * 2 * 2 + 2, "models x sets x metrics, and mse of each model"
+
+    # The numbers are those of the images, and the images those of a stock pipeline from the same noise.
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from acpo_utils.lora import LORA_NAME
+    from acpo_utils.statistics import holm, paired_comparison
+
+    for model, lora in zip(results["images"], (None, *loras)):
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        if lora is not None:
+            pipeline.load_lora_weights(lora, weight_name=LORA_NAME)
+        noise = [step_generator(0, row) for row in (2, 3)]
+        stock = pipeline(PROMPTS[2:4], num_inference_steps=2, generator=noise, output_type="np").images
+        for image, name in zip(stock, results["images"][model][2:4]):
+            assert np.abs(pixels(folder / name) - image * 255).max() <= 1
+    first = [pixels(folder / results["images"][model][0]) for model in results["images"]]
+    assert np.abs(first[0] - first[1]).max() > 3 and np.abs(first[1] - first[2]).max() > 3
+
+    scores = {m: [pixels(folder / i)[..., 0].mean() / 255 for i in names] for m, names in results["images"].items()}
+    for model in scores:
+        assert results["scores"][red][model] == pytest.approx(scores[model], abs=1e-5)
+    expected = paired_comparison(scores["base"][5:], scores["second"][5:])
+    row = rows["second", "PartiPrompts", red]
+    assert row["n"] == 3 and row["mean_difference"] == pytest.approx(expected["mean_difference"], abs=1e-6)
+    assert row["p"] == pytest.approx(expected["p"], rel=1e-2) and row["win_rate_low"] <= row["win_rate"]
+    tested = [r for r in results["rows"] if r["p"] is not None]
+    assert [r["p_holm"] for r in tested] == pytest.approx(holm([r["p"] for r in tested]))
+
+    # The guide is marked for the model that it guided, and for no other.
+    assert rows["first", "held-out", ipce]["guide"] and not rows["second", "held-out", ipce]["guide"]
+    assert not rows["first", "held-out", red]["guide"]
+    mse = rows["first", Path(captioned_images).name, "mse"]
+    assert (
+        mse["lower_is_better"] and mse["n"] == 4 and 0 < mse["base_mean"] < 10 and len(results["errors"]["base"]) == 4
+    )
+    table = (folder / "table.md").read_text()
+    assert f"{ipce} (guide)" in table and "mse ↓" in table and table.split("\n")[0] in out
+    for line in table.split("\n"):
+        assert line.count("(guide)") <= ("first" in line)
+
+    with open(folder / "scores.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 24 and lines[2]["text"] == "a green | wall"
+    assert float(lines[9][red]) == pytest.approx(results["scores"][red]["first"][1])
+    with open(folder / "table.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    # Ranked by the first metric that is no guide: redness for "first", the evaluator for "second".
+    assert {f"grids/{m}-random.png" for m in ("first", "second")} <= set(results["grids"])
+    assert all((folder / name).stat().st_size > 5000 for name in results["grids"])
+
+    from tests.evaluation.test_html_report import Page
+
+    page = Page((folder / "report.html").read_text())
+    figures = [attributes for tag, attributes in page.tags if tag == "figure" and "data-index" in attributes]
+    assert len(figures) == 8 and len(page.references) == 24 + len(results["grids"])
+    assert all((folder / reference).is_file() for reference in page.references)
+
+
+def state(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = folder.glob("images/*/*.png")
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_second_run_keeps_what_is_finished_and_makes_the_rest_again(flags, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    run(flags(), monkeypatch, capsys)
+    before = state(folder)
+    assert len(before) == 10
+    run(flags(), monkeypatch, capsys)
+    assert state(folder) == before, "nothing is drawn again"
+
+    damaged = {"images/base/held-out-000001.png", "images/first/held-out-000004.png"}
+    (folder / "images/base/held-out-000001.png").unlink()
+    whole = (folder / "images/first/held-out-000004.png").read_bytes()
+    (folder / "images/first/held-out-000004.png").write_bytes(whole[: len(whole) // 2])
+    manifest = folder / "images" / "first" / "manifest.jsonl"
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join(lines[1:]) + "\n")  # as if image 0 had never been finished
+    run(flags(), monkeypatch, capsys)
+    after = state(folder)
+    assert {name: content for name, (content, _) in after.items()} == {
+        n: content for n, (content, _) in before.items()
+    }
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == damaged | {"images/first/held-out-000000.png"}
+
+    # Another seed is other images; so are other weights under the same name, and the base stays.
+    run(flags(seed=1), monkeypatch, capsys)
+    assert all(state(folder)[name][0] != content for name, (content, _) in after.items())
+    seeded = state(folder)
+    other = save_tiny_lora(tmp_path / "first", 3, None)
+    run(flags(seed=1, lora=other), monkeypatch, capsys)
+    again = state(folder)
+    assert all((again[name] == seeded[name]) == ("base" in name) for name in seeded)
+
+
+def test_two_processes_draw_what_one_draws(flags, tmp_path, monkeypatch, capsys):
+    run(flags(), monkeypatch, capsys)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "29627", "--num_processes", "2"]
+    command += [str(SCRIPT), *flags(output_dir=tmp_path / "two")]
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    one, two = state(tmp_path / "out"), state(tmp_path / "two")
+    assert len(one) == 10 and {n: content for n, (content, _) in one.items()} == {n: c for n, (c, _) in two.items()}
+    rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("out", "two")]
+    assert rows[0] == rows[1] and "The report is" in done.stdout
+    assert [path.name for path in (tmp_path / "two" / "images" / "base").glob("*.jsonl")] == ["manifest.jsonl"]
+
+
+def save_tiny_ddpm(folder: Path, seed: int) -> Path:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_unconditional_models_without_prompts(flags, tmp_path, captioned_images, monkeypatch, capsys):
+    base, tuned = save_tiny_ddpm(tmp_path / "ddpm", 0), save_tiny_ddpm(tmp_path / "ddpm-acpo", 1)
+    options = flags(
+        pretrained_model_name_or_path=base,
+        lora=None,
+        finetuned=tuned,
+        prompts=None,
+        num_images=4,
+        real_data_dir=captioned_images,
+        metrics=["python:tests.scripts.test_evaluate_acpo:redness", "mse", "fid"],
+    )
+    run(options, monkeypatch, capsys)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [prompt["text"] for prompt in results["prompts"]] == [None] * 4
+    assert {row["metric"] for row in results["rows"]} >= {"mse", "redness"}
+
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    pipeline = DDIMPipeline(UNet2DModel.from_pretrained(tuned, subfolder="unet"), DDIMScheduler())
+    noise = [step_generator(0, row) for row in (0, 1)]
+    stock = pipeline(batch_size=2, num_inference_steps=2, generator=noise, output_type="np").images
+    for image, name in zip(stock, results["images"]["ddpm-acpo"]):
+        assert np.abs(pixels(tmp_path / "out" / name) - image * 255).max() <= 1
+    assert "unconditional 0" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_demo_is_compared_by_its_guide_and_its_judge(monkeypatch, loras):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("evaluate_acpo", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", ["evaluate_acpo.py", "--lora", str(loras[0])])
+    args = script.parse_args()
+    assert args.pretrained_model_name_or_path == script.DEMO["pretrained_model_name_or_path"]
+    models = script.check_models(args)
+    assert models == {"base": args.pretrained_model_name_or_path, "first": str(loras[0])}
+    prompts = script.read_all_prompts(args)
+    assert len(prompts) == 100 and all(prompt.set == "new_combinations" for prompt in prompts)
+    metrics = script.choose_metrics(args, {"first": ["ipce:guide"]})
+    judge = SCRIPT.parent / "demo" / "judge"
+    assert metrics == ["ipce:guide", f"judge:{judge}", f"judge-kid:{judge}", "mse"]
+    dataset, column = script.read_real_images(metrics, args)
+    assert len(dataset) == 200 and column == "image"
+
+
+BAD_INPUT = {
+    "nothing to compare": ({"lora": None}, "give --lora or --finetuned"),
+    "missing lora": ({"lora": "no/such/lora"}, "LoRA file not found: no/such/lora"),
+    "model": ({"pretrained_model_name_or_path": "no/such/model"}, "'no/such/model' could not be read"),
+    "prompts": ({"prompts": "no/prompts.txt"}, "no/prompts.txt"),
+    "no prompts": ({"prompts": None}, "--prompts: expected drawbench"),
+    "metric": ({"metrics": "clipscores"}, "--metrics clipscores: expected one of"),
+    "real images": ({"metrics": "fid"}, "--metrics fid compares with real images: give --real_data_dir"),
+    "real folder": ({"metrics": "fid", "real_data_dir": "no/images"}, "--real_data_dir no/images"),
+    "rank by": ({"rank_by": "judge"}, "--rank_by: expected one of ipce-guide"),
+    "one prompt": ({"max_prompts": 1}, "--max_prompts must be at least 2"),
+    "output folder": ({"output_dir": "/proc/acpo"}, "/proc/acpo cannot be written to"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_that_names_it(flags, case, monkeypatch, capsys):
+    changes, expected = BAD_INPUT[case]
+    message = run(flags(**changes), monkeypatch, capsys, fails=True)
+    assert expected in message and "\n" not in message
+
+
+def test_models_that_do_not_fit_are_refused(flags, tmp_path, loras, tiny_pipeline, monkeypatch, capsys):
+    ddpm = save_tiny_ddpm(tmp_path / "ddpm", 0)
+    message = run(flags(finetuned=ddpm), monkeypatch, capsys, fails=True)
+    assert "expected a pipeline like the base model's, found DDPMPipeline" in message
+    message = run(flags(pretrained_model_name_or_path=ddpm), monkeypatch, capsys, fails=True)
+    assert "takes no --lora" in message
+    shutil.copytree(loras[0], tmp_path / "damaged")
+    file = tmp_path / "damaged" / "pytorch_lora_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    message = run(flags(lora=tmp_path / "damaged"), monkeypatch, capsys, fails=True)
+    assert "is damaged" in message and not (tmp_path / "out").exists()
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same" / "held-out.txt").write_text("one\ntwo\n")
+    twice = [tmp_path / "held-out.txt", tmp_path / "same" / "held-out.txt"]
+    assert "rename one of the two files" in run(flags(prompts=twice), monkeypatch, capsys, fails=True)

@@ -1,0 +1,116 @@
+"""examples/prepare_visual_genome.py on a small file and image folders of Visual Genome's form."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from acpo_utils.data import check_images, load_captioned_images
+from tests import REPOSITORY
+
+
+SCRIPT = REPOSITORY / "examples" / "prepare_visual_genome.py"
+PHRASES = {
+    1: ["the clock is green", "a very  tall\nclock tower in town", "sky"],
+    2: ["a dog"],
+    713: ["two cups", "a café table", ""],
+    2409: ["grass", "green grass in the park", "a bench"],
+    5: [],  # no phrase
+    99: ["an image that was not downloaded"],
+}
+
+
+@pytest.fixture
+def genome(tmp_path):
+    entries = []
+    for image_id, phrases in PHRASES.items():
+        box = {"image_id": image_id, "x": 4, "y": 5, "width": 30, "height": 20}
+        regions = [{"region_id": 10 * image_id + i, **box, "phrase": text} for i, text in enumerate(phrases)]
+        entries.append({"id" if image_id % 2 else "image_id": image_id, "regions": regions})
+    (tmp_path / "region_descriptions.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    for folder, images in {"VG_100K": [1, 2, 5], "VG_100K_2": [713, 2409, 77]}.items():
+        (tmp_path / folder).mkdir()
+        for image_id in images:
+            Image.new("RGB", (24, 16), (image_id % 256, 0, 0)).save(tmp_path / folder / f"{image_id}.jpg")
+    return tmp_path
+
+
+def run(folder, *flags, images=("VG_100K", "VG_100K_2"), json_name="region_descriptions.json", output="out"):
+    command = [sys.executable, SCRIPT, "--region_descriptions", json_name, "--output_dir", output]
+    command += ["--image_dirs", *images, *map(str, flags)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def captions(folder) -> dict[str, str]:
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted(os.listdir(folder)) == sorted(["metadata.jsonl", *(row["file_name"] for row in rows)])
+    return {row["file_name"]: row["text"] for row in rows}
+
+
+@pytest.mark.parametrize("link", [None, "hard", "symbolic"])
+def test_longest_phrase_of_each_image_and_the_result_loads(genome, link):
+    result = run(genome, "--phrase", "longest", *(["--link", link] if link else []))
+    assert result.returncode == 0, result.stderr
+    assert "4 images" in result.stdout and "1 without a file, 1 without a phrase" in result.stdout
+    expected = {
+        "1.jpg": "a very tall clock tower in town",
+        "2.jpg": "a dog",
+        "713.jpg": "a café table",
+        "2409.jpg": "green grass in the park",
+    }
+    assert captions(genome / "out") == expected
+    source, target = genome / "VG_100K" / "1.jpg", genome / "out" / "1.jpg"
+    assert target.is_symlink() == (link == "symbolic")
+    assert source.samefile(target) == (link is not None)
+    assert target.read_bytes() == source.read_bytes()
+
+    dataset = load_captioned_images(train_data_dir=str(genome / "out"), cache_dir=str(genome / "cache"))
+    assert sorted(check_images(dataset, "image")["text"]) == sorted(expected.values())
+    rows = datasets.load_dataset("imagefolder", data_dir=str(genome / "out"), cache_dir=str(genome / "cache"))["train"]
+    assert {row["text"]: row["image"].size for row in rows} == dict.fromkeys(expected.values(), (24, 16))
+
+
+def test_sampled_phrases_depend_on_the_seed_and_the_image_alone(genome):
+    def sampled(seed, *flags):
+        output = f"out-{seed}-{len(flags)}"
+        assert run(genome, "--seed", seed, *flags, output=output).returncode == 0
+        return captions(genome / output)
+
+    runs = [sampled(seed) for seed in range(5)]
+    for result in runs:
+        for name, text in result.items():
+            assert text in [" ".join(phrase.split()) for phrase in PHRASES[int(Path(name).stem)] if phrase]
+    assert len({result["2409.jpg"] for result in runs}) > 1
+    subset = sampled(0, "--max_images", 2)
+    assert len(subset) == 2 and subset.items() <= runs[0].items()
+
+
+def test_errors_are_one_line_and_leave_no_output(genome):
+    (genome / "empty").mkdir()
+    text = (genome / "region_descriptions.json").read_text()
+    (genome / "cut.json").write_text(text[: text.index("two cups")])
+    (genome / "object.json").write_text('{"id": 1}')
+    (genome / "other.json").write_text('[{"id": 1, "attributes": []}]')
+    (genome / "none.json").write_text('[{"id": 99, "regions": [{"phrase": "a"}]}]')
+    line = text[: text.index("two cups")].count("\n") + 1
+    for options, message in [
+        ({"json_name": "nowhere.json"}, "nowhere.json: expected the file"),
+        ({"json_name": "cut.json"}, f"cut.json: malformed JSON in image 3, line {line}"),
+        ({"json_name": "object.json"}, "object.json: expected a list of images"),
+        ({"json_name": "other.json"}, "other.json: image 1: expected"),
+        ({"json_name": "none.json"}, "1 have no file"),
+        ({"images": ["VG_100K", "VG_100K_3"]}, "expected the folder VG_100K_3"),
+        ({"images": ["empty"]}, "expected IMAGE_ID.jpg files in empty"),
+        ({"output": "VG_100K"}, "--output_dir VG_100K exists"),
+    ]:
+        result = run(genome, **options)
+        lines = [line for line in result.stderr.splitlines() if line and "Reading phrases" not in line]
+        assert result.returncode == 1 and len(lines) == 1 and message in lines[0], (options, result.stderr)
+    result = run(genome, "--max_images", 0)
+    assert result.returncode == 2 and "--max_images: expected at least 1" in result.stderr
+    assert not (genome / "out").exists() and not (genome / ".out.tmp").exists()

