@@ -1,5 +1,6 @@
 """Training checkpoints: written under a temporary name and renamed, checked before they are read, and saved on SIGTERM."""
 
+import json
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from acpo_utils.sharding import SHARDED_STATE, check_deepspeed_pickle, save_stat
 
 
 logger = logging.getLogger(__name__)
+RUN_STATE = "run_state.json"
 
 
 def checkpoint_step(path: str | Path) -> int:
@@ -57,6 +59,30 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit:
                 shutil.rmtree(path)
     accelerator.wait_for_everyone()
     return final
+
+
+def read_run_state(checkpoint: str | Path) -> dict:
+    """run_state.json of `checkpoint`: step, settings, and what the run's monitors keep (`acpo_utils.training.run_state`).
+
+    Raises ValueError, in one line, if it is missing (a checkpoint of acpo_utils 0.1 has pickles in its place), damaged, or
+    of another step than the folder's name says.
+    """
+    file = Path(checkpoint, RUN_STATE)
+    if not file.is_file():
+        raise ValueError(
+            f"Checkpoint {checkpoint} has no {RUN_STATE}: it is incomplete, or of acpo_utils 0.1, which kept a run's state "
+            "in pickles. Resume from another one, or start a new run from its weights."
+        )
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        complete = isinstance(state, dict) and isinstance(state["settings"], dict)
+        if not complete or state["step"] != checkpoint_step(checkpoint):
+            raise ValueError(f"it is of step {state['step']}" if complete else "expected an object with settings")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"Checkpoint {checkpoint} is damaged: {RUN_STATE} cannot be read ({one_line(error)}). Resume from another one."
+        ) from error
+    return state
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, accelerator=None) -> Path | None:
