@@ -1,16 +1,23 @@
 """What an unconditional model is judged by: scores of the images it draws, and its error on images held out."""
 
+import json
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
+from torchvision.utils import save_image
 
+from acpo_utils.anchor import without_adapter
 from acpo_utils.evaluation.denoising_error import denoising_error
 from acpo_utils.evaluation.diversity import lpips_diversity
+from acpo_utils.evaluation.grids import comparison_picture
 from acpo_utils.evaluation.sampling import sample_unconditional, score_images
 from acpo_utils.evaluation.set_metrics import kid_to
 from acpo_utils.evaluation.table import comparison_table
 from acpo_utils.evaluators.efficientnet import check_batch
 from acpo_utils.evaluators.loading import load_evaluator
+from acpo_utils.files import atomic_write
 from acpo_utils.statistics import paired_comparison
 
 
@@ -139,6 +146,74 @@ def summarise(values: Values, sets: Sets) -> tuple[dict, str]:
     lines += [f"| {name} | {row['mean']:.4f} | {row['std']:.4f} | {row['n']} |" for name, row in summary.items()]
     lines += [f"| {name} | {mean:.4f} | {spread:.4f} | |" for name, (mean, spread) in sets.items()]
     return {"summary": summary, "sets": sets}, "\n".join(lines)
+
+
+def compare_unconditional_models(
+    build_pipeline: Callable,
+    unet: torch.nn.Module,
+    base_unet: torch.nn.Module | None,
+    noise_scheduler,
+    scorers: dict[str, object],
+    judges: tuple[dict[str, Score], list[str]],
+    held_out: torch.Tensor | None,
+    output_dir: str | Path,
+    *,
+    num_images: int,
+    seed: int,
+    batch_size: int,
+    num_inference_steps: int,
+    events: dict,
+) -> tuple[str, list[str]]:
+    """Samples both models from the same noise, and compares: comparison.png, metrics.json, a printed table.
+
+    Of a model trained from scratch, which has no base, the means alone, and samples.png.
+
+    Args:
+        build_pipeline: U-Net -> the pipeline that samples it. unet: trained, in eval mode.
+        base_unet: as `without_adapter` takes it: `unet` itself if it has a LoRA, or a frozen copy; None from scratch.
+        noise_scheduler: of the training. scorers: evaluators by name, with `score(images, None)`; None is left out.
+            The scores of "guide" stand under the pictures.
+        judges: of `split_judges`. held_out: (M, 3, H, W) in [0, 1], for KID and for the MSE, or None.
+        num_images: at least 4; of 0 nothing is sampled and nothing is written.
+        events: what else of the run belongs into metrics.json, by name.
+    Returns:
+        The table as markdown, and the names of the pictures in `output_dir`.
+    Raises ValueError as `paired_comparison` does.
+    """
+    if not num_images:
+        return "", []
+    output_dir = Path(output_dir)
+    measure_model = partial(
+        measure,
+        noise_scheduler=noise_scheduler,
+        evaluators=scorers,
+        judges=judges,
+        held_out=held_out,
+        num_images=num_images,
+        seed=seed,
+        batch_size=batch_size,
+        num_inference_steps=num_inference_steps,
+    )
+    images, values, sets = measure_model(build_pipeline(unet), description="sampling the trained model")
+    if base_unet is None:
+        picture = "samples.png"
+        numbers, table = summarise(values, sets)
+        with atomic_write(output_dir / picture) as temporary:
+            save_image(images[:64], temporary)
+    else:
+        picture = "comparison.png"
+        with without_adapter(base_unet) as base:
+            base_pipeline = build_pipeline(base)
+            base_images, base_values, base_sets = measure_model(base_pipeline, description="sampling the base model")
+        numbers, table = compare((base_values, base_sets), (values, sets))
+        titles = [f"noise {i}" for i in range(num_images)]
+        guide_scores = (base_values["guide"], values["guide"]) if "guide" in values else None
+        comparison_picture(output_dir / picture, base_images, images, titles, guide_scores)
+    metrics = {"num_images": num_images} | events | numbers
+    with atomic_write(output_dir / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2))
+    print(f"\n{table}\n\nThe picture, the numbers and the pipeline are in {output_dir.resolve()}")
+    return table, [picture]
 
 
 def _spread(value: tuple[float, float]) -> str:

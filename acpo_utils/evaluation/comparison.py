@@ -1,0 +1,78 @@
+"""The end of a training: base against fine-tuned Stable Diffusion on held-out prompts, in a table and a picture."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from acpo_utils.anchor import without_adapter
+from acpo_utils.evaluation.denoising_error import prediction_drift
+from acpo_utils.evaluation.grids import comparison_picture
+from acpo_utils.evaluation.sampling import sample_images, score_images
+from acpo_utils.evaluation.table import comparison_table
+from acpo_utils.files import atomic_write
+from acpo_utils.statistics import paired_comparison
+
+
+def compare_models(
+    pipeline,
+    prompts: list[str],
+    scorers: dict[str, object],
+    output_dir: str | Path,
+    *,
+    seed: int,
+    batch_size: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    device: str | torch.device,
+    events: dict,
+) -> tuple[str, list[str]]:
+    """Samples with the LoRA off and on from the same noise, and compares: comparison.png, metrics.json, a printed table.
+
+    Args:
+        pipeline: a Stable Diffusion pipeline whose U-Net has a LoRA, which is switched on before and after.
+        prompts: n strings, n >= 2; of an empty list nothing is sampled and nothing is written.
+        scorers: evaluators by name, each a row of the table; None is left out. The first one's scores stand under the
+            pictures, so it should be the guide.
+        device: where the evaluators are. events: what else of the run belongs into metrics.json, by name.
+    Returns:
+        The table as markdown, with the drift below it (`prediction_drift`), and the names of the pictures in `output_dir`.
+    Raises ValueError as `paired_comparison` does.
+    """
+    if not prompts:
+        return "", []
+    sample = partial(
+        sample_images,
+        pipeline,
+        prompts,
+        seed=seed,
+        batch_size=batch_size,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+    )
+    with without_adapter(pipeline.unet):
+        base_images = sample(description="sampling the base model")  # (n, 3, H, W) in [0, 1]
+    images = sample(description="sampling the fine-tuned model")  # (n, 3, H, W) in [0, 1]
+
+    comparisons, guide_scores = {}, None
+    for name, scorer in scorers.items():
+        if scorer is None:
+            continue
+        base_scores = score_images(scorer, base_images, prompts, device)  # (n,)
+        scores = score_images(scorer, images, prompts, device)  # (n,)
+        comparisons[name] = paired_comparison(base_scores, scores)
+        guide_scores = guide_scores or (base_scores, scores)
+    drift = prediction_drift(pipeline, base_images, prompts, seed, batch_size)  # (n,)
+    drift_std = drift.std().item() if len(drift) > 1 else 0.0
+
+    output_dir = Path(output_dir)
+    metrics = {"comparisons": comparisons, "num_prompts": len(prompts)} | events
+    metrics["sets"] = {"drift": [drift.mean().item(), drift_std]}
+    with atomic_write(output_dir / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2))
+    comparison_picture(output_dir / "comparison.png", base_images, images, prompts, guide_scores)
+    table = comparison_table(comparisons)
+    table += f"\n\nDrift (eq. 7 on noised samples of the base model, all timesteps): {drift.mean():.3g}"
+    print(f"\n{table}\n\nThe picture, the numbers and the LoRA are in {output_dir.resolve()}")
+    return table, ["comparison.png"]
