@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from acpo_utils.data import check_images, load_captioned_images, read_image
 from acpo_utils.data.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
-from acpo_utils.evaluation.denoising_error import prediction_errors
+from acpo_utils.evaluation.denoising_error import pipeline_denoising_error
 from acpo_utils.evaluation.grids import choose_pairs, pair_grid
 from acpo_utils.evaluation.html_report import write_report
 from acpo_utils.evaluation.manifest import ImageManifest, model_fingerprint
@@ -51,7 +51,14 @@ from acpo_utils.evaluation.metrics import (
     set_values,
 )
 from acpo_utils.evaluation.sampling import image_tensor
-from acpo_utils.evaluation.table import finish_rows, markdown_table, notes, paired_row, set_row, write_tables
+from acpo_utils.evaluation.table import (
+    evaluation_notes,
+    evaluation_table,
+    finish_rows,
+    paired_row,
+    set_row,
+    write_evaluation_tables,
+)
 from acpo_utils.files import atomic_write
 from acpo_utils.late_step import lora_below
 from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config
@@ -431,7 +438,9 @@ def main(args):
             if "mse" in metrics:
                 captions = None if args.unconditional else dataset[args.caption_column][:]
                 captions = captions and [text if isinstance(text, str) else text[0] for text in captions]
-                errors[model] = prediction_errors(pipeline, real, captions, args.seed, args.eval_batch_size).tolist()
+                errors[model] = pipeline_denoising_error(
+                    pipeline, real, captions, args.seed, args.eval_batch_size
+                ).tolist()
         del pipeline
     accelerator.end_training()  # what is left is short, and is done by one process
     if not accelerator.is_main_process:
@@ -452,9 +461,11 @@ def main(args):
     results["grids"] = draw_grids(results, files, guides, metrics, args)
     with atomic_write(output_dir / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1, allow_nan=False))
-    write_tables(output_dir, results)
+    write_evaluation_tables(output_dir, results)
     report = write_report(output_dir, results)
-    print(f"\n{markdown_table(rows)}\n{notes(results)}\nThe report is {report.resolve()}, the numbers are beside it.")
+    print(
+        f"\n{evaluation_table(rows)}\n{evaluation_notes(results)}\nThe report is {report.resolve()}, the numbers are beside it."
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,13 @@ from acpo_utils.ablations.grid import (
 )
 from acpo_utils.ablations.plots import plot_rows, plot_sweep
 from acpo_utils.ablations.runs import Run, command, execute, failure, run_status
-from acpo_utils.ablations.table import markdown_table, notes, read_metrics, summarise_rows, write_tables
+from acpo_utils.ablations.table import (
+    ablation_notes,
+    ablation_table,
+    read_metrics,
+    summarise_rows,
+    write_ablation_tables,
+)
 
 
 SD, DDPM = "train_acpo_lora_sd.py", "train_acpo_ddpm.py"
@@ -172,7 +178,7 @@ def report(rows, runs, args):
         records.append(record)
     failed = {row.name: sum(r["row"] == row.name and "error" in r for r in records) for row in rows}
     lines = summarise_rows(metrics, failed)
-    below = notes(lines, failures)
+    below = ablation_notes(lines, failures)
     finished = sum(record["status"] == "finished" for record in records)
     own = [word for word in sys.argv[1:] if word != "--dry_run"]
     title = (
@@ -180,7 +186,7 @@ def report(rows, runs, args):
     )
     settings = {name: value for name, value in vars(args).items() if name != "dry_run"}
     results = {"settings": settings, "rows": [row._asdict() for row in rows], "runs": records}
-    write_tables(args.output_dir, lines, title, below, results)
+    write_ablation_tables(args.output_dir, lines, title, below, results)
     return lines, failures, below
 
 
@@ -231,7 +237,7 @@ def main(args):
     progress.close()
     lines, failures, below = report(rows, runs, args)
     plot(rows, lines, args)
-    print(f"\n{markdown_table(lines)}\n\n{below}\n")
+    print(f"\n{ablation_table(lines)}\n\n{below}\n")
     skipped = f"{len(finished)} of {len(runs)} runs were finished before."
     print(f"{skipped} Tables, plots and runs are in {Path(args.output_dir).resolve()}")
     if interrupted:

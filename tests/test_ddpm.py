@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from acpo_utils.ddpm import build_pipeline, load_ddpm, new_unet, save_ddpm, usage_example
-from acpo_utils.evaluation.denoising_error import denoising_error
+from acpo_utils.evaluation.denoising_error import unet_denoising_error
 from acpo_utils.training.ema import ema_weights, register_ema_hooks
 from tests import REPOSITORY
 from tests.conftest import tiny_unet
@@ -180,9 +180,11 @@ def test_denoising_error(prediction_type):
 
     unet, scheduler = tiny_unet2d(), DDPMScheduler(prediction_type=prediction_type, num_train_timesteps=100)
     images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    errors = denoising_error(unet, scheduler, images, seed=3)
-    assert errors.shape == (5,) and torch.allclose(errors, denoising_error(unet, scheduler, images, 3, batch_size=2))
-    assert not torch.allclose(errors, denoising_error(unet, scheduler, images, seed=4), atol=1e-5)
+    errors = unet_denoising_error(unet, scheduler, images, seed=3)
+    assert errors.shape == (5,) and torch.allclose(
+        errors, unet_denoising_error(unet, scheduler, images, 3, batch_size=2)
+    )
+    assert not torch.allclose(errors, unet_denoising_error(unet, scheduler, images, seed=4), atol=1e-5)
     expected = []
     for k, t in enumerate([5, 15, 25, 35, 45, 55, 65, 75, 85, 95]):
         x0, t = images[3:4] * 2 - 1, torch.tensor([t])

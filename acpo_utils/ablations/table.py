@@ -117,7 +117,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def markdown_table(lines: Sequence[dict]) -> str:
+def ablation_table(lines: Sequence[dict]) -> str:
     """The lines of `summarise_rows` as a markdown table (`aligned_table`)."""
 
     def text(value: float | None, sign: str = "") -> str:
@@ -135,7 +135,7 @@ def markdown_table(lines: Sequence[dict]) -> str:
     return aligned_table(cells, text_columns=2)
 
 
-def notes(lines: Sequence[dict], failures: dict[str, str]) -> str:
+def ablation_notes(lines: Sequence[dict], failures: dict[str, str]) -> str:
     """What stands below the table: how to read the interval, and {run: why it failed}."""
     single = any(line["runs"] == 1 for line in lines)
     based = any(line["mean_difference"] is not None for line in lines)
@@ -149,11 +149,11 @@ def notes(lines: Sequence[dict], failures: dict[str, str]) -> str:
     return "\n\n".join(texts)
 
 
-def write_tables(folder: str | Path, lines: Sequence[dict], title: str, below: str, results: dict) -> None:
+def write_ablation_tables(folder: str | Path, lines: Sequence[dict], title: str, below: str, results: dict) -> None:
     """Writes table.md (`title`, table, `below`), table.csv and results.json (`results` and the table's lines)."""
     folder = Path(folder)
     with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(f"{title}\n\n{markdown_table(lines)}\n\n{below}\n", encoding="utf-8")
+        temporary.write_text(f"{title}\n\n{ablation_table(lines)}\n\n{below}\n", encoding="utf-8")
     write_csv(folder / "table.csv", FIELDS, lines)
     with atomic_write(folder / "results.json") as temporary:
         text = json.dumps(results | {"table": list(lines)}, indent=1, allow_nan=False)

@@ -1,5 +1,6 @@
 """Errors of a model's prediction at fixed noise and timesteps: the MSE of the paper's table 1 (eq. 8) on held-out images, and
-how far a LoRA has moved the U-Net, the anchor's distance (eq. 7) over the whole range of timesteps."""
+how far a LoRA has moved the U-Net, the anchor's distance (eq. 7) over the whole range of timesteps. Two models are asked the same
+at the same noise."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,14 +19,14 @@ from acpo_utils.randomness import step_generator
 MSE_TIMESTEPS = 10
 
 
-def denoising_errors(
+def batch_denoising_error(
     predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     noise_scheduler,
     x0: torch.Tensor,
     rows: Sequence[int],
     seed: int,
 ) -> torch.Tensor:
-    """Mean squared error of `predict` over `MSE_TIMESTEPS` timesteps spread evenly over the whole range.
+    """Of each image of a batch the mean squared error of `predict` over `MSE_TIMESTEPS` timesteps spread evenly over the whole range.
 
     Args:
         predict: (z_t (B, C, h, w), timesteps (B,)) -> prediction (B, C, h, w).
@@ -63,29 +64,34 @@ def fixed_noise(like: torch.Tensor, seed: int, rows: Sequence[int], k: int) -> t
 
 
 @torch.no_grad()
-def denoising_error(
+def unet_denoising_error(
     unet: torch.nn.Module, noise_scheduler, images: torch.Tensor, seed: int = 0, batch_size: int = 16
 ) -> torch.Tensor:
-    """MSE of the paper's table 1 by `denoising_errors`, batch by batch: two models are asked the same.
+    """MSE of the paper's table 1 of an unconditional U-Net on tensors, by `batch_denoising_error`.
 
     Args:
         unet: UNet2DModel, on any device. noise_scheduler: of its training. images: (N, 3, H, W) in [0, 1].
     Returns:
         (N,) errors, in fp32 on the CPU; lower is better.
     """
-    device, errors = next(unet.parameters()).device, []
+    device = next(unet.parameters()).device
+
+    def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return unet(noisy, timesteps, return_dict=False)[0]
+
+    errors = []
     for start in range(0, len(images), batch_size):
         x0 = images[start : start + batch_size].to(device) * 2 - 1  # (B, 3, H, W) in [-1, 1]
         rows = range(start, start + len(x0))
-        errors.append(denoising_errors(lambda z, t: unet(z, t, return_dict=False)[0], noise_scheduler, x0, rows, seed))
+        errors.append(batch_denoising_error(predict, noise_scheduler, x0, rows, seed))
     return torch.cat(errors).cpu()
 
 
 @torch.no_grad()
-def prediction_errors(
+def pipeline_denoising_error(
     pipeline, files: Sequence[Path], prompts: Sequence[str] | None, seed: int = 0, batch_size: int = 8
 ) -> torch.Tensor:
-    """MSE of the paper's table 1 by `denoising_errors`, batch by batch: two models are asked the same.
+    """MSE of the paper's table 1 of a whole pipeline on files, by `batch_denoising_error`.
 
     Args:
         pipeline: a Stable Diffusion pipeline, or an unconditional one (`prompts` None, no VAE).
@@ -111,7 +117,7 @@ def prediction_errors(
         def predict(noisy, timesteps, conditions=conditions):
             return unet(noisy, timesteps, *conditions, return_dict=False)[0]
 
-        errors.append(denoising_errors(predict, scheduler, pixels, rows, seed).cpu())
+        errors.append(batch_denoising_error(predict, scheduler, pixels, rows, seed).cpu())
     return torch.cat(errors)
 
 

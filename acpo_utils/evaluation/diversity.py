@@ -1,7 +1,7 @@
-"""Shift-tolerant LPIPS: how different two images look, as people judged it.
+"""Shift-tolerant LPIPS (ST-LPIPS): how different two images look, as people judged it.
 
 Ghildyal and Liu, "Shift-tolerant Perceptual Similarity Metric", 2022: LPIPS (Zhang et al. 2018) with blurred pooling,
-so that a shift by a few pixels counts for little. Networks and heads are in the package `stlpips-pytorch`. Only its
+so that a shift by a few pixels counts for little; its numbers do not compare with those of LPIPS. Networks and heads are in the package `stlpips-pytorch`. Only its
 weights are read: its code imports packages that it does not declare, and its pooling is licensed for noncommercial use.
 """
 
@@ -16,7 +16,8 @@ from acpo_utils.evaluators.efficientnet import check_batch
 from acpo_utils.files import package_folder
 
 
-LPIPS_PIP = "pip install stlpips-pytorch==0.0.2"
+DIVERSITY = "diversity (shift-tolerant LPIPS)"  # the name of its row in every table
+STLPIPS_PIP = "pip install stlpips-pytorch==0.0.2"
 
 
 class BlurPool(nn.Module):
@@ -54,8 +55,8 @@ def _vgg() -> list[list[nn.Module]]:
     return stages
 
 
-class LPIPS(nn.Module):
-    """Distance of two batches of images, (B, 3, H, W) in [0, 1] each -> (B,). 0 for equal ones, about 1 at most.
+class ShiftTolerantLPIPS(nn.Module):
+    """ST-LPIPS distance of two batches of images, (B, 3, H, W) in [0, 1] each -> (B,). 0 for equal ones, about 1 at most.
 
     Args:
         network: "alex", the smaller and quicker, or "vgg". Their distances do not compare.
@@ -65,7 +66,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, network: str = "alex"):
         super().__init__()
-        file = package_folder("stlpips_pytorch", LPIPS_PIP) / f"weights/vST0.0/{network}_shift_tolerant.pth"
+        file = package_folder("stlpips_pytorch", STLPIPS_PIP) / f"weights/vST0.0/{network}_shift_tolerant.pth"
         stages, number = {}, 0
         for k, layers in enumerate({"alex": _alexnet, "vgg": _vgg}[network](), start=1):
             stages[f"slice{k}"] = nn.Sequential(OrderedDict((str(number + i), x) for i, x in enumerate(layers)))
@@ -104,7 +105,7 @@ def lpips_diversity(
     device: str | torch.device | None = None,
     batch_size: int = 32,
 ) -> tuple[float, float]:
-    """Mean LPIPS distance of random pairs of `images` (N, 3, H, W) in [0, 1], and its standard error.
+    """Mean shift-tolerant LPIPS distance of random pairs of `images` (N, 3, H, W) in [0, 1], and its standard error.
 
     0 if all images are the same. Two sets of N images are compared on the same pairs.
 
@@ -119,7 +120,7 @@ def lpips_diversity(
     if len(images) < 4:
         raise ValueError(f"LPIPS diversity needs at least 4 images, found {len(images)}")
     drawn = random_pairs(len(images), pairs, seed)  # (P, 2)
-    lpips = LPIPS(network).to(device)
+    lpips = ShiftTolerantLPIPS(network).to(device)
     distances = [lpips(*images[rows].unbind(1)) for rows in torch.from_numpy(drawn).split(batch_size)]
     return mean_over_pairs(torch.cat(distances).double().cpu().numpy(), drawn)
 

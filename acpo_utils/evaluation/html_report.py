@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acpo_utils.evaluation.table import notes, table_cells
+from acpo_utils.evaluation.table import evaluation_notes, table_cells
 from acpo_utils.files import atomic_write
 
 
@@ -107,7 +107,7 @@ def write_report(folder: str | Path, results: dict) -> Path:
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{len(results['prompts'])} pairs of images: same prompts, same initial noise, same scheduler.</p>",
         f'<h2>Table</h2><div class="wide">{_table(results)}</div>',
-        *(f"<p>{html.escape(line)}</p>" for line in notes(results).split("\n") if line),
+        *(f"<p>{html.escape(line)}</p>" for line in evaluation_notes(results).split("\n") if line),
         f'<h2>Distributions</h2><div class="charts">{_distributions(results, tuned, changes)}</div>'
         if changes
         else "",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from acpo_utils.evaluation.set_metrics import fid, image_features, inception, inception_score, read_images
+from acpo_utils.evaluation.diversity import DIVERSITY, lpips_diversity
+from acpo_utils.evaluation.set_metrics import fid, image_features, inception, inception_score, kid, read_images
 from acpo_utils.evaluators.loading import CLIP_METRIC_NAMES, SAVED, load_evaluator
 
 
@@ -17,6 +18,9 @@ NEED_REAL_IMAGES = ("fid", "kid", "judge-kid", "mse")
 ALONE = ("fid", "kid", "is", "lpips-diversity", "mse", *PYIQA)  # names without a path
 SET_METRICS = ("fid", "kid", "is", "judge-kid", "lpips-diversity")  # one value for a set of images
 LOWER_IS_BETTER = ("fid", "kid", "judge-kid", "mse")
+# Rows that say what the metric is made of, since it does not compare with the numbers of publications. The judge's
+# features are of more layers than those of `EFFICIENTNET_KID`.
+ROWS = {"judge-kid": "KID on the judge's EfficientNet-Lite features", "lpips-diversity": DIVERSITY}
 NAMES = (
     "ipce:PATH, two-stream:PATH, clipscore, pickscore, hyperiqa, maniqa, pyiqa:NAME, python:MODULE:NAME, judge, "
     "judge-kid, fid, kid, is, lpips-diversity, mse"
@@ -40,11 +44,13 @@ def check_metric(spec: str) -> None:
 
 
 def metric_labels(specs: Sequence[str]) -> dict[str, str]:
-    """A short name for each of `specs`, each different: "ipce:iqa/agiqa-3k" is "ipce-agiqa-3k"."""
+    """The name of its row for each of `specs`, each different: "ipce:iqa/agiqa-3k" is "ipce-agiqa-3k"."""
     labels = {}
     for spec in specs:
         kind, _, rest = spec.partition(":")
-        if kind in ("judge", "judge-kid"):
+        if kind in ROWS:
+            name = ROWS[kind]
+        elif kind == "judge":
             name = kind
         elif kind in ("pyiqa", "python"):
             name = rest.rpartition(":")[2]
@@ -141,7 +147,6 @@ def set_values(spec: str, files: dict[str, list[Path]], real: list[Path] | None,
     """
     kind, _, rest = spec.partition(":")
     if kind == "lpips-diversity":
-        from acpo_utils.evaluation.diversity import lpips_diversity
 
         def diversity(images: list[Path]) -> float:
             return lpips_diversity(torch.cat(list(read_images(images))).float() / 255, device=device)[0]
@@ -159,8 +164,6 @@ def set_values(spec: str, files: dict[str, list[Path]], real: list[Path] | None,
     features = {model: image_features(network, images, device) for model, images in files.items()}
     if kind == "is":
         return {model: inception_score(logits) for model, logits in features.items()}
-    from acpo_utils.evaluation.set_metrics import kid
-
     real_features = image_features(network, real, device)
     if kind == "fid":
         return {model: fid(real_features, generated) for model, generated in features.items()}

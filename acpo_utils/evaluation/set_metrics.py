@@ -17,6 +17,7 @@ from acpo_utils.evaluators.efficientnet import EfficientNetFeatures, extract_fea
 from acpo_utils.files import no_pickles, package_folder
 
 
+EFFICIENTNET_KID = "KID on EfficientNet-Lite features"  # the name of its row in every table
 LAST_LAYER = 1280  # the first of `EfficientNetFeatures`' columns; the others are of earlier layers
 
 
@@ -110,11 +111,11 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 0) -> fl
 
 
 def kid(real: torch.Tensor, generated: torch.Tensor, subsets: int = 50, seed: int = 0) -> tuple[float, float]:
-    """Kernel Inception Distance (Binkowski et al. 2018) between two sets of `Judge.features`: mean and std.
+    """Kernel Inception Distance (Binkowski et al. 2018) between two sets of features, of whatever network: mean and std.
 
     torchmetrics computes it, with the usual kernel (x y / D + 1)^3, over random subsets of half the smaller set. It is
-    unbiased: 0 on average for two sets from one source, and may come out slightly negative. 0 is best. The features
-    are the judge's and not Inception's, so numbers compare only with each other.
+    unbiased: 0 on average for two sets from one source, and may come out slightly negative. 0 is best. Numbers of one
+    network's features do not compare with those of another's.
 
     Args:
         real: (N, D). generated: (M, D).
@@ -142,13 +143,13 @@ def kid(real: torch.Tensor, generated: torch.Tensor, subsets: int = 50, seed: in
     return mean.item(), std.item()
 
 
-def kid_to(
+def efficientnet_kid(
     reference: torch.Tensor, images: torch.Tensor, seed: int = 0, device: str | torch.device | None = None
 ) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018) of `images` (M, 3, H, W) to `reference` (N, 3, H, W), in [0, 1]: mean and std.
+    """`kid` of `images` (M, 3, H, W) to `reference` (N, 3, H, W), in [0, 1], on EfficientNet-Lite features: mean and std.
 
-    On the features that EfficientNet-Lite2 classifies ImageNet by, (N, 1280), as Inception's are: the numbers do not
-    compare with those on Inception's. 0 is best; see `acpo_utils.evaluation.set_metrics.kid`.
+    The features are those that EfficientNet-Lite2 classifies ImageNet by, (N, 1280), as Inception's are for the KID of
+    publications: the numbers do not compare with those. 0 is best.
 
     Raises:
         ValueError: for fewer than 4 images, another shape, or values outside [0, 1].

@@ -66,17 +66,17 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
     return [[cell for column, cell in enumerate(line) if column not in single] for line in cells]
 
 
-def markdown_table(rows: list[dict]) -> str:
+def evaluation_table(rows: list[dict]) -> str:
     """The rows as a markdown table (`aligned_table`)."""
     cells = table_cells(rows)
     return aligned_table(cells, text_columns=cells[0].index("metric") + 1)
 
 
-def write_tables(folder: str | Path, results: dict) -> None:
+def write_evaluation_tables(folder: str | Path, results: dict) -> None:
     """Writes table.md, table.csv (all numbers of every row) and scores.csv (every score of every image)."""
     folder = Path(folder)
     with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(markdown_table(results["rows"]) + "\n" + notes(results), encoding="utf-8")
+        temporary.write_text(evaluation_table(results["rows"]) + "\n" + evaluation_notes(results), encoding="utf-8")
     fields = ["model", "prompts", "metric", "guide", "lower_is_better", "n", *NUMBERS]
     write_csv(folder / "table.csv", fields, results["rows"])
     lines = []
@@ -87,7 +87,7 @@ def write_tables(folder: str | Path, results: dict) -> None:
     write_csv(folder / "scores.csv", ["model", "set", "row", "text", "image", *results["scores"]], lines)
 
 
-def notes(results: dict) -> str:
+def evaluation_notes(results: dict) -> str:
     """What stands below the table: the guides, what could not be measured and why."""
     lines = []
     if any(row["guide"] for row in results["rows"]):

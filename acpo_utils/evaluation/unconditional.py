@@ -9,11 +9,11 @@ import torch
 from torchvision.utils import save_image
 
 from acpo_utils.anchor import without_adapter
-from acpo_utils.evaluation.denoising_error import denoising_error
-from acpo_utils.evaluation.diversity import lpips_diversity
+from acpo_utils.evaluation.denoising_error import unet_denoising_error
+from acpo_utils.evaluation.diversity import DIVERSITY, lpips_diversity
 from acpo_utils.evaluation.grids import comparison_picture
 from acpo_utils.evaluation.sampling import sample_unconditional, score_images
-from acpo_utils.evaluation.set_metrics import kid_to
+from acpo_utils.evaluation.set_metrics import EFFICIENTNET_KID, efficientnet_kid
 from acpo_utils.evaluation.table import comparison_table
 from acpo_utils.evaluators.efficientnet import check_batch
 from acpo_utils.evaluators.loading import load_evaluator
@@ -22,7 +22,8 @@ from acpo_utils.statistics import paired_comparison
 
 
 MSE = "MSE (lower is better)"
-SET_JUDGES = ("kid", "diversity")  # of a whole set of images; every other judge scores single ones
+# The judges of a whole set of images, by name, and their rows in the table; every other judge scores single images.
+SET_JUDGES = {"kid": EFFICIENTNET_KID, "diversity": DIVERSITY}
 Values, Sets = dict[str, torch.Tensor], dict[str, tuple[float, float]]
 BATCH_SIZE = 32
 Score = Callable[[torch.Tensor], torch.Tensor]  # images (N, 3, H, W) in [0, 1] -> (N,), higher is better
@@ -80,9 +81,13 @@ def split_judges(names: Sequence[str], device: str | torch.device) -> tuple[dict
 
 
 def judge_sets(names: Sequence[str], images: torch.Tensor, held_out: torch.Tensor, seed: int, device) -> Sets:
-    """KID to `held_out` and LPIPS diversity, as far as named: mean and its spread. Images (N, 3, H, W) in [0, 1]."""
-    found = {"kid": kid_to(held_out, images, seed, device)} if "kid" in names else {}
-    return found | ({"diversity": lpips_diversity(images, seed, device=device)} if "diversity" in names else {})
+    """Those of `SET_JUDGES` that are named, {row: (mean, spread)}. `images`, `held_out`: (N, 3, H, W) in [0, 1]."""
+    found = {}
+    if "kid" in names:
+        found[EFFICIENTNET_KID] = efficientnet_kid(held_out, images, seed, device)
+    if "diversity" in names:
+        found[DIVERSITY] = lpips_diversity(images, seed, device=device)
+    return found
 
 
 def measure(
@@ -113,7 +118,7 @@ def measure(
     values = {name: score_images(part, images, None, device) for name, part in evaluators.items() if part is not None}
     values |= {name: score(images) for name, score in judges[0].items()}
     if held_out is not None:
-        values[MSE] = denoising_error(pipeline.unet, noise_scheduler, held_out, seed, batch_size)
+        values[MSE] = unet_denoising_error(pipeline.unet, noise_scheduler, held_out, seed, batch_size)
     return images, values, judge_sets(judges[1], images, held_out, seed, device)
 
 

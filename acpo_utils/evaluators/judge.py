@@ -54,7 +54,7 @@ class Judge(nn.Module):
 
     Args:
         network: `EfficientNetFeatures`, or any module from images in [0, 1] to (B, D).
-        head: what `fit_head` returns.
+        head: what `fit_head` of examples/demo/fit_judge.py returns.
         texts: captions whose embeddings are known. text_embeddings: (len(texts), E).
         ignore_pattern: a regular expression; what it matches is removed from every prompt. The demo's captions name a
             drawing style ("noto style") that the judge has never seen and could only be confused by.
@@ -129,7 +129,7 @@ class Judge(nn.Module):
 
 
 def load_judge(folder: str | Path) -> Judge:
-    """The judge that `save_judge` wrote.
+    """The judge that `save_judge` of examples/demo/fit_judge.py wrote.
 
     Raises:
         ValueError: if a file is missing or the text table does not fit together.
@@ -151,7 +151,7 @@ def load_judge(folder: str | Path) -> Judge:
 def load_judges(specs: list[str], device: str | torch.device | None = None) -> dict[str, object]:
     """The evaluators that guide nothing, by the name of their row in a table: "judge", or "judge NAME" of several.
 
-    A spec is `judge:PATH` or PATH, a folder that `_fit_tmp.save_judge` wrote, or one of `load_evaluator`'s.
+    A spec is `judge:PATH` or PATH, a folder as `load_judge` reads it, or one of `load_evaluator`'s.
     Raises ValueError and ImportError as `load_judge` and `load_evaluator` do.
     """
     names = ["judge"] if len(specs) == 1 else [f"judge {name}" for name in named_specs(specs)]

@@ -14,12 +14,12 @@ from acpo_utils.ablations.grid import product_rows, sweeps
 from acpo_utils.ablations.plots import plot_rows, plot_sweep
 from acpo_utils.ablations.table import (
     FIELDS,
-    markdown_table,
+    ablation_notes,
+    ablation_table,
     mean_interval,
-    notes,
     read_metrics,
     summarise_rows,
-    write_tables,
+    write_ablation_tables,
 )
 
 
@@ -109,12 +109,12 @@ def test_rows_of_the_table(lines):
 
 
 def test_files_of_the_table(lines, tmp_path):
-    text = markdown_table(lines)
+    text = ablation_table(lines)
     assert len({len(line) for line in text.splitlines()}) == 1, "columns line up"
     assert "| a   | guide  | 1.5000 |     3.5000 |    +2.0000 | [-10.7062, +14.7062] |    2 |      1 |" in text
-    below = notes(lines, {"b,seed=0": "ValueError: no"})
+    below = ablation_notes(lines, {"b,seed=0": "ValueError: no"})
     assert "of the difference, of the mean where there is no base" in below and "Failed: b,seed=0: ValueError" in below
-    write_tables(tmp_path, lines, "title", below, {"seeds": 2})
+    write_ablation_tables(tmp_path, lines, "title", below, {"seeds": 2})
     assert (tmp_path / "table.md").read_text() == f"title\n\n{text}\n\n{below}\n"
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["table"] == lines and saved["seeds"] == 2
@@ -125,7 +125,7 @@ def test_files_of_the_table(lines, tmp_path):
 
 def test_small_numbers_keep_their_digits():
     (line,) = summarise_rows({"a": [{"MSE": value(0.0179, 0.01787)}]}, {})
-    assert "| 0.0179 |     0.0179 |   -3.0e-05 |" in markdown_table([line])
+    assert "| 0.0179 |     0.0179 |   -3.0e-05 |" in ablation_table([line])
 
 
 @pytest.mark.parametrize(

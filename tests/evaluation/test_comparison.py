@@ -11,7 +11,7 @@ from PIL import Image
 
 from acpo_utils.ddpm import build_pipeline
 from acpo_utils.evaluation.comparison import compare_models
-from acpo_utils.evaluation.denoising_error import denoising_error, prediction_drift
+from acpo_utils.evaluation.denoising_error import prediction_drift, unet_denoising_error
 from acpo_utils.evaluation.sampling import sample_images, sample_unconditional
 from acpo_utils.evaluation.unconditional import MSE, compare_unconditional_models
 from acpo_utils.evaluators import load_evaluator
@@ -113,7 +113,7 @@ def test_an_unconditional_model_is_compared_with_its_lora_off(compare_ddpm, tmp_
 
     def measured(unet):
         images = sample_unconditional(build_pipeline(unet, DDPMScheduler(), "ddim"), 5, 1, 2, 3)
-        return guide.score(images), denoising_error(unet, DDPMScheduler(), held_out, 1, 2)
+        return guide.score(images), unet_denoising_error(unet, DDPMScheduler(), held_out, 1, 2)
 
     (base_scores, base_errors), (scores, errors) = measured(base), measured(unet.eval())
     assert not torch.equal(base_scores, scores)

@@ -29,9 +29,18 @@ def test_labels_are_short_and_different():
         "pyiqa:musiq",
         "python:my.module:redness",
         "c/iqa/",
+        "lpips-diversity",
     ]
     assert list(metric_labels(specs).values()) == [
-        *("ipce-guide", "ipce-guide-2", "clipscore", "judge", "judge-kid", "musiq", "redness", "iqa")
+        "ipce-guide",
+        "ipce-guide-2",
+        "clipscore",
+        "judge",
+        "KID on the judge's EfficientNet-Lite features",
+        "musiq",
+        "redness",
+        "iqa",
+        "diversity (shift-tolerant LPIPS)",
     ]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from acpo_utils.evaluation.denoising_error import MSE_TIMESTEPS, prediction_errors
+from acpo_utils.evaluation.denoising_error import MSE_TIMESTEPS, pipeline_denoising_error
 from acpo_utils.evaluation.set_metrics import fid, image_features, inception, inception_score, read_images
 
 
@@ -88,7 +88,7 @@ def test_the_error_of_a_model_that_predicts_zero_is_the_mean_square_of_its_targe
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for file, image in zip(files, images):
         Image.fromarray(image.numpy()).save(file)
-    errors = prediction_errors(pipeline, files, None, seed=5, batch_size=2)
+    errors = pipeline_denoising_error(pipeline, files, None, seed=5, batch_size=2)
 
     scheduler = DDIMScheduler(prediction_type=prediction_type)
     x0, total = images[1:2].permute(0, 3, 1, 2) / 127.5 - 1, 0.0
@@ -97,7 +97,7 @@ def test_the_error_of_a_model_that_predicts_zero_is_the_mean_square_of_its_targe
         timesteps = torch.tensor([int((k + 0.5) * 1000 / MSE_TIMESTEPS)])
         total += diffusion_target(scheduler, x0, noise, timesteps).square().mean().item()
     assert errors.shape == (3,) and errors[1].item() == pytest.approx(total / MSE_TIMESTEPS, rel=1e-5)
-    alone = prediction_errors(pipeline, files, None, seed=5, batch_size=3)
+    alone = pipeline_denoising_error(pipeline, files, None, seed=5, batch_size=3)
     assert torch.allclose(errors, alone, atol=1e-6), "whatever the batch size"
-    seeded = prediction_errors(pipeline, files, None, seed=6)
+    seeded = pipeline_denoising_error(pipeline, files, None, seed=6)
     assert torch.allclose(errors, seeded, atol=1e-6) == (prediction_type == "sample"), "its target has no noise in it"

@@ -4,7 +4,14 @@ import math
 import numpy as np
 import pytest
 
-from acpo_utils.evaluation.table import finish_rows, markdown_table, notes, paired_row, set_row, write_tables
+from acpo_utils.evaluation.table import (
+    evaluation_notes,
+    evaluation_table,
+    finish_rows,
+    paired_row,
+    set_row,
+    write_evaluation_tables,
+)
 from acpo_utils.statistics import paired_comparison
 
 
@@ -56,18 +63,18 @@ def results():
 
 
 def test_the_table_lines_up_and_marks_guides_and_directions():
-    table = markdown_table(results()["rows"])
+    table = evaluation_table(results()["rows"])
     lines = table.split("\n")
     assert len({len(line) for line in lines}) == 1 and len(lines) == 4
     assert "ipce\\|guide (guide)" in lines[2] and "75.0 % [30.1, 95.4]" in lines[2] and "+0.4250" in lines[2]
     assert "fid ↓" in lines[3] and "-0.5000" in lines[3] and "–" in lines[3]
     assert "model" not in lines[0] and "prompts" not in lines[0]
     two = finish_rows([row(paired_row(BASE, TUNED), model=m, prompts=m) for m in ("a", "b")])
-    assert markdown_table(two).split("\n")[0].split()[1:5:2] == ["model", "prompts"]
+    assert evaluation_table(two).split("\n")[0].split()[1:5:2] == ["model", "prompts"]
 
 
 def test_the_files(tmp_path):
-    write_tables(tmp_path, results())
+    write_evaluation_tables(tmp_path, results())
     text = (tmp_path / "table.md").read_text()
     assert "guide: the model was trained to raise this score" in text and "kid: unavailable. no weights." in text
     with open(tmp_path / "table.csv", newline="") as file:
@@ -78,4 +85,4 @@ def test_the_files(tmp_path):
         scores = list(csv.DictReader(file))
     assert len(scores) == 8 and [float(s["ipce|guide"]) for s in scores] == BASE + TUNED
     assert scores[5]["text"] == 'a "fox", 1' and scores[5]["image"] == "images/lora/1.png"
-    assert "guide" not in notes(results() | {"rows": []})
+    assert "guide" not in evaluation_notes(results() | {"rows": []})

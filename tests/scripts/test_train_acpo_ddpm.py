@@ -113,7 +113,7 @@ def test_the_embedded_demo(tmp_path):
     out = launch(*(str(part) for k, v in short.items() for part in (f"--{k}", v)), script=SCRIPT)
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert set(metrics["comparisons"]) == {"guide", "MSE (lower is better)"} and "| guide |" in out
-    assert set(metrics["sets"]) == {"kid", "diversity"}
+    assert set(metrics["sets"]) == {"KID on EfficientNet-Lite features", "diversity (shift-tolerant LPIPS)"}
     assert metrics["comparisons"]["guide"]["finetuned_mean"] != metrics["comparisons"]["guide"]["base_mean"]
     assert (tmp_path / "demo" / "comparison.png").stat().st_size > 10_000
     DDIMPipeline.from_pretrained(tmp_path / "demo")
