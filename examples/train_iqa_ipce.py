@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
-from acpo_utils.checkpoints import catch_sigterm, checkpoint_or_stop, checkpoint_step, find_checkpoint, release_sigterm
+from acpo_utils.checkpoints import catch_sigterm, checkpoint_or_stop, checkpoint_step, release_sigterm
 from acpo_utils.data import to_rgb
 from acpo_utils.evaluators import IPCE
 from acpo_utils.files import atomic_write
@@ -44,7 +44,7 @@ from acpo_utils.ratings.stages import (
     to_scale,
     value_per_stage,
 )
-from acpo_utils.training.run import RunState, resume, start_run
+from acpo_utils.training.run import start_run
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -421,8 +421,9 @@ def train_stage(number, stage, start, end, checkpoint, best, run, accelerator, a
         model, optimizer, lr_scheduler, loader, validation_loader
     )
     maps = accelerator.prepare(maps) if args.stages else None
-    best.load_state_dict(vars(Best(number)))
-    resume(accelerator, checkpoint)
+    best.load_state_dict(Best(number).state_dict())
+    if checkpoint:
+        run.resume()
     if checkpoint and best.step and not best_folder(number, args).is_dir():
         raise ValueError(
             f"{checkpoint} goes with the evaluator of step {best.step} in {best_folder(number, args)}, which is missing."
@@ -440,7 +441,7 @@ def train_stage(number, stage, start, end, checkpoint, best, run, accelerator, a
             loss = training_step(model, batch, maps)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = run.clip(accelerator, optimizer, clip + head, args.max_grad_norm, step + 1)
+                grad_norm = run.clip_grad_norm(optimizer, clip + head, args.max_grad_norm, step + 1)
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
@@ -463,10 +464,7 @@ def train_stage(number, stage, start, end, checkpoint, best, run, accelerator, a
                     f"step {step}: {prefix[:-1]} SRCC {metrics['srcc']:.4f}, PLCC {metrics['plcc']:.4f}, "
                     f"pairs {metrics.get('pairs', {}).get('any', {'share': math.nan})['share']:.4f}"
                 )
-            value = sum(metrics["srcc"] + metrics["plcc"] for metrics in measured.values()) / (2 * len(measured))
-            value = -math.inf if math.isnan(value) else value  # constant scores have no rank; nothing is above nan
-            if value > best.value or not best.step:
-                best.step, best.value, best.lines = step, value, lines
+            if best.improve(step, measured, lines):
                 if accelerator.is_main_process:
                     dtype = torch.float16 if args.weight_dtype == "fp16" else None
                     save_evaluator(accelerator.unwrap_model(model), best_folder(number, args), dtype=dtype)
@@ -480,8 +478,8 @@ def train_stage(number, stage, start, end, checkpoint, best, run, accelerator, a
 
 
 def main(args):
-    accelerator = start_run(args)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
+    accelerator, run = start_run(args)
+    checkpoint = run.checkpoint
     with accelerator.main_process_first():
         stages = load_stages(args)
     for stage in stages:
@@ -499,8 +497,8 @@ def main(args):
         raise ValueError(f"{checkpoint} is already at step {first_step} of --max_train_steps {ends[-1]}.")
     if checkpoint:
         check_stage(checkpoint, first_step, ends)
-    best, run = Best(), RunState(accelerator, args.train_batch_size)
-    accelerator.register_for_checkpointing(best, run)
+    best = Best()
+    run.keep(best=best)
     accelerator.init_trackers(
         "acpo-iqa-ipce", config={k: str(v) for k, v in vars(args).items() if v is not None and k != "hub_token"}
     )

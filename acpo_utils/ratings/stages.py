@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import torch
 
+from acpo_utils.checkpoints import read_run_state
 from acpo_utils.data.captioned import check_images
 from acpo_utils.files import atomic_write
 from acpo_utils.ratings.sets import SETS, RatingSet, read_rating_set
@@ -138,14 +139,11 @@ def join_sets(
 
 
 def check_stage(checkpoint: str | Path, step: int, ends: Sequence[int]) -> None:
-    """Raises ValueError if `checkpoint`, of `step`, now belongs to another stage than it was written in, or is incomplete.
+    """Raises ValueError if `checkpoint`, of `step`, now belongs to another stage than it was written in.
 
-    `ends`: the step of the run at which each stage ends. The checkpoint knows its stage by the first object that was
-    registered for checkpointing, an `acpo_utils.ratings.stages.Best`; one without (of before there were stages) is of stage 1.
+    `ends`: the step of the run at which each stage ends. The checkpoint knows its stage by the `Best` that its run kept.
     """
-    if not (file := Path(checkpoint, "custom_checkpoint_0.pkl")).is_file():
-        raise ValueError(f"Checkpoint {checkpoint} is incomplete: {file.name} is missing. Resume from another one.")
-    written = torch.load(file, weights_only=True).get("stage", 1)
+    written = read_run_state(checkpoint)["best"]["stage"]
     now = next((number for number, end in enumerate(ends, start=1) if step <= end), len(ends))
     if written != now:
         raise ValueError(
@@ -188,16 +186,32 @@ def to_scale(scores: torch.Tensor, scale: Scale, line: tuple[float, float] = (1.
 
 
 class Best:
-    """Which validation of the current stage was best so far, and the sets' maps then; part of every checkpoint."""
+    """Which validation of the current stage was best so far, and the sets' maps then; part of every checkpoint.
+
+    `step` is 0 before the first validation; `value` is None until one had scores that can be ranked.
+    """
 
     def __init__(self, stage: int = 1):
-        self.stage, self.step, self.value, self.lines = stage, 0, -math.inf, [(1.0, 0.0)]
+        self.stage, self.step, self.value, self.lines = stage, 0, None, [(1.0, 0.0)]
+
+    def improve(self, step: int, measured: dict[str, dict], lines: list[tuple[float, float]]) -> bool:
+        """Whether the validation at `step` is the best so far; it is kept then, with the maps' `lines`.
+
+        What counts is (SRCC + PLCC) / 2, averaged over the sets of `measured` (name: `agreement`). The first validation
+        is the best of one, also if its scores are constant, which have no rank.
+        """
+        value = sum(metrics["srcc"] + metrics["plcc"] for metrics in measured.values()) / (2 * len(measured))
+        value = None if math.isnan(value) else value  # nothing is above nan
+        if self.step and (value is None or (self.value is not None and value <= self.value)):
+            return False
+        self.step, self.value, self.lines = step, value, lines
+        return True
 
     def state_dict(self) -> dict:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        vars(self).update(state, lines=[tuple(line) for line in state["lines"]])
 
 
 def save_evaluator(model, folder: str | Path, **kwargs) -> None:

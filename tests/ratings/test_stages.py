@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import runpy
 import shutil
 import sys
@@ -26,7 +27,7 @@ from acpo_utils.ratings.stages import (
     value_per_stage,
 )
 from tests.scripts.test_train_iqa_ipce import SCRIPT, launch
-from tests.tiny_clip import build_clip_folder
+from tests.tiny_models import build_clip_folder
 
 
 def write_set(folder, number=16, scale=(0.0, 5.0), levels=None, seed=0):
@@ -107,17 +108,42 @@ def test_names_that_repeat_and_scores_that_cannot_rank(tmp_path):
 
 
 def test_a_checkpoint_belongs_to_the_stage_it_was_written_in(tmp_path):
-    for state in (Best(2).state_dict(), {"step": 4, "value": 0.5}):  # the second: of before there were stages
-        torch.save(state, tmp_path / "custom_checkpoint_0.pkl")
-        stage = state.get("stage", 1)
-        check_stage(tmp_path, 3 + stage, [4, 9])
+    for stage in (1, 2):
+        step = 3 + stage
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        state = {"step": step, "settings": {}, "best": Best(stage).state_dict()}
+        (checkpoint / "run_state.json").write_text(json.dumps(state))
+        check_stage(checkpoint, step, [4, 9])
+        other = [9, 12] if stage == 2 else [3, 9]
         with pytest.raises(
-            ValueError, match=f"written in stage {stage} and now belongs to stage {3 - stage}, .* 4, 9:"
+            ValueError,
+            match=f"written in stage {stage} and now belongs to stage {3 - stage}, .* {other[0]}, {other[1]}:",
         ):
-            check_stage(tmp_path, 6 - stage, [4, 9])
-    (tmp_path / "custom_checkpoint_0.pkl").unlink()
-    with pytest.raises(ValueError, match="incomplete: custom_checkpoint_0.pkl is missing"):
-        check_stage(tmp_path, 4, [4, 9])
+            check_stage(checkpoint, step, other)
+    (checkpoint / "run_state.json").unlink()
+    with pytest.raises(ValueError, match="has no run_state.json: it is incomplete"):
+        check_stage(checkpoint, step, [4, 9])
+
+
+def test_the_best_validation_and_its_state():
+    """The first counts whatever it is; after it only what is above; a state comes back from JSON as it was."""
+    best, lines = Best(2), [(0.5, 0.25), (1.5, -0.125)]
+    nan = {"set": {"srcc": math.nan, "plcc": math.nan}}
+
+    def measured(value):
+        return {"one": {"srcc": value, "plcc": value}, "two": {"srcc": value, "plcc": value}}
+
+    assert best.improve(1, nan, lines) and (best.step, best.value) == (1, None)
+    assert not best.improve(2, nan, lines) and best.step == 1
+    assert best.improve(3, measured(-0.5), lines) and (best.step, best.value) == (3, -0.5)
+    assert not best.improve(4, nan, lines) and not best.improve(5, measured(-0.5), lines)
+    assert best.improve(6, measured(0.25), lines[::-1]) and not best.improve(7, measured(0.125), lines)
+    for kept in (best, Best(3)):
+        text = json.dumps(kept.state_dict(), allow_nan=False)
+        loaded = Best()
+        loaded.load_state_dict(json.loads(text))
+        assert vars(loaded) == vars(kept)
 
 
 def test_maps_start_as_the_scales_and_learn_each_sets_line():
