@@ -1,151 +1,77 @@
+"""What every test has: its environment, and the models and pictures that most of them share.
+
+tests/tiny_models.py and tests/tiny_images.py make them, tests/launching.py runs scripts. They are imported in the fixtures:
+with several test processes pytest reads this file once more, and importing diffusers takes seconds.
+"""
+
 import os
 import sys
+
+import pytest
 
 from tests import REPOSITORY
 
 
-# The demo's scripts import each other, as scripts of one folder do.
-sys.path.append(str(REPOSITORY / "examples" / "demo"))
+# The scripts are modules of the tests: `import train_acpo_lora_sd as script`. The demo's import each other.
+sys.path += [str(REPOSITORY / "examples"), str(REPOSITORY / "examples" / "demo")]
 
 # Before torch is imported: one thread is several times faster than two on models this small, and nothing is fetched.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
-import pytest
-import torch
-from datasets import Dataset, Features, Image, Value
-from PIL import Image as PILImage
-
-
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 220, 60)}
-
-
-def tiny_unet(seed: int = 0, **overrides):
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(seed)
-    config = {
-        "sample_size": 16,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 4,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DConditionModel(**(config | overrides))
-
-
-def tiny_vae(seed: int = 1):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(seed)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        sample_size=32,
-    )
-
-
-def tiny_taesd(seed: int = 6, **overrides):
-    """An AutoencoderTiny of `tiny_vae`'s latents: twice as many pixels as latents along a side."""
-    from diffusers import AutoencoderTiny
-
-    torch.manual_seed(seed)
-    config = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    return AutoencoderTiny(**(config | {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)} | overrides))
-
-
-def tiny_scheduler(**overrides):
-    from diffusers import DDPMScheduler
-
-    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return DDPMScheduler(**(config | {"clip_sample": False, "steps_offset": 1} | overrides))
-
-
-def tiny_tokenizer():
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    characters = list(bytes_to_unicode().values())
-    tokens = characters + [c + "</w>" for c in characters] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
-
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> str:
     """A Stable Diffusion folder of real classes at a tiny size, with random weights."""
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from tests.tiny_models import save_tiny_pipeline
 
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(2)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=37,
-            num_attention_heads=4,
-            num_hidden_layers=2,
-            max_position_embeddings=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            projection_dim=32,
-        )
-    )
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    StableDiffusionPipeline(
-        vae=tiny_vae(),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=tiny_unet(),
-        scheduler=tiny_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return str(folder)
+    return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
 @pytest.fixture(scope="session")
 def tiny_guide(tmp_path_factory) -> str:
     """An IPCE folder around a tiny open_clip model with random weights."""
-    from acpo_utils.evaluators import IPCE
+    from tests.tiny_models import save_tiny_guide
 
-    torch.manual_seed(3)
-    guide = IPCE(
-        {
-            "embed_dim": 16,
-            "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-            "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-        }
-    )
-    folder = tmp_path_factory.mktemp("tiny") / "guide"
-    guide.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_guide(tmp_path_factory.mktemp("tiny") / "guide")
 
 
 @pytest.fixture(scope="session")
 def captioned_images(tmp_path_factory) -> str:
     """A folder with train.parquet: twelve real-coloured 40 x 36 pictures with captions."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(12):
-        name, colour = list(COLOURS.items())[i % len(COLOURS)]
-        pixels = np.clip(np.array(colour) + rng.normal(0, 20, (36, 40, 3)), 0, 255).astype(np.uint8)
-        rows.append({"image": PILImage.fromarray(pixels), "text": f"a {name} wall {i}"})
-    folder = tmp_path_factory.mktemp("tiny") / "images"
-    folder.mkdir()
-    Dataset.from_list(rows, features=Features({"image": Image(), "text": Value("string")})).to_parquet(
-        folder / "train.parquet"
-    )
-    return str(folder)
+    from tests.tiny_images import save_captioned_images
+
+    return save_captioned_images(tmp_path_factory.mktemp("tiny") / "images")
+
+
+@pytest.fixture
+def sd_flags(tiny_pipeline, tiny_guide, captioned_images, tmp_path):
+    """The command line of a training of four steps by train_acpo_lora_sd.py, with changes; None leaves a flag out."""
+    from tests.launching import command_line
+
+    def build(output: str = "out", **changes) -> list[str]:
+        options = {
+            "pretrained_model_name_or_path": tiny_pipeline,
+            "evaluator": f"ipce:{tiny_guide}",
+            "train_data_dir": captioned_images,
+            "resolution": 32,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "max_train_steps": 4,
+            "report_to": "none",
+            "output_dir": tmp_path / output,
+        }
+        return command_line(**(options | changes))
+
+    return build
+
+
+@pytest.fixture
+def lora_of(tmp_path):
+    """The weights of the LoRA that a run left in `tmp_path / output`."""
+    from safetensors.torch import load_file
+
+    return lambda output="out": load_file(tmp_path / output / "pytorch_lora_weights.safetensors")
 
 
 @pytest.fixture(autouse=True)

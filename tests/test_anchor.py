@@ -4,8 +4,7 @@ from peft import LoraConfig, get_peft_model
 
 from acpo_utils.anchor import base_prediction, without_adapter
 from acpo_utils.losses import anchor_loss
-from tests.conftest import tiny_unet
-from tests.tiny_ddpm import tiny_unet2d
+from tests.tiny_models import tiny_unet, tiny_unet2d
 
 
 @pytest.fixture

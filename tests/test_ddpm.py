@@ -14,8 +14,7 @@ from acpo_utils.ddpm import build_pipeline, load_ddpm, new_unet, save_ddpm, usag
 from acpo_utils.evaluation.denoising_error import unet_denoising_error
 from acpo_utils.training.ema import ema_weights, register_ema_hooks
 from tests import REPOSITORY
-from tests.conftest import tiny_unet
-from tests.tiny_ddpm import CONFIG, tiny_ddim, tiny_ddpm, tiny_unet2d
+from tests.tiny_models import UNET2D_CONFIG, tiny_ddim, tiny_ddpm, tiny_unet, tiny_unet2d
 
 
 def same_weights(first, second) -> bool:
@@ -68,7 +67,7 @@ def test_what_is_refused(tmp_path, tiny_pipeline):
 
 
 def test_a_new_unet(tmp_path):
-    (tmp_path / "tiny.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | CONFIG))
+    (tmp_path / "tiny.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | UNET2D_CONFIG))
     assert new_unet(str(tmp_path / "tiny.json"), 64).config.sample_size == 64
     with pytest.raises(ValueError, match="--resolution must be a multiple of 2 for this U-Net, got 33"):
         new_unet(str(tmp_path / "tiny.json"), 33)

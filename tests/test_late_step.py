@@ -13,7 +13,7 @@ from acpo_utils.late_step import (
     rollout_late_samples,
     sample_late_timesteps,
 )
-from tests.conftest import tiny_scheduler, tiny_unet, tiny_vae
+from tests.tiny_models import tiny_scheduler, tiny_unet, tiny_vae
 
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -154,7 +154,7 @@ def test_rollout_without_guidance_is_the_ddim_pipelines_own_sampling():
     """Down to the last step: the pipeline then has only the step to x0 left."""
     from diffusers import DDIMPipeline
 
-    from tests.tiny_ddpm import tiny_unet2d
+    from tests.tiny_models import tiny_unet2d
 
     unet, scheduler = tiny_unet2d(), DDPMScheduler()
     seen = []

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, diffusion_target, quality_loss
-from tests.conftest import tiny_scheduler
+from tests.tiny_models import tiny_scheduler
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from acpo_utils.ddpm import load_adapter, register_adapter_hooks, save_adapter
-from tests.tiny_ddpm import tiny_unet2d
+from tests.tiny_models import tiny_unet2d
 
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]

@@ -22,7 +22,7 @@ from acpo_utils.data import (
     to_rgb,
     tokenize,
 )
-from tests.conftest import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from acpo_utils.data import (
     load_validation_images,
     to_tensor,
 )
-from tests.tiny_ddpm import pictures
+from tests.tiny_images import pictures
 
 
 def parquet(path, columns: dict) -> str:

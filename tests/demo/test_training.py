@@ -7,7 +7,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 
 from tests import REPOSITORY
-from tests.conftest import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 DEMO = REPOSITORY / "examples" / "demo"

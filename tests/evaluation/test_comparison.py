@@ -16,7 +16,7 @@ from acpo_utils.evaluation.sampling import sample_images, sample_unconditional
 from acpo_utils.evaluation.unconditional import MSE, compare_unconditional_models
 from acpo_utils.evaluators import load_evaluator
 from acpo_utils.statistics import paired_comparison
-from tests.tiny_ddpm import tiny_unet2d
+from tests.tiny_models import tiny_unet2d
 
 
 PROMPTS = ["a red wall", "a blue wall", "a green wall"]

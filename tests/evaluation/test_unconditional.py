@@ -10,7 +10,7 @@ from acpo_utils.evaluation.denoising_error import unet_denoising_error
 from acpo_utils.evaluation.sampling import image_tensor, sample_unconditional
 from acpo_utils.evaluation.unconditional import MSE, compare, judge_sets, measure, split_judges, summarise
 from acpo_utils.evaluators import TwoStreamIQA
-from tests.tiny_ddpm import tiny_unet2d
+from tests.tiny_models import tiny_unet2d
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from acpo_utils.evaluators import IPCE
-from tests.conftest import tiny_tokenizer
-from tests.tiny_clip import CAPTIONS, build_clip_folder
+from tests.tiny_models import CAPTIONS, build_clip_folder, tiny_tokenizer
 
 
 LEVEL_PROMPTS = [

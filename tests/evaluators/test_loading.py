@@ -20,7 +20,7 @@ from acpo_utils.evaluators import (
     load_evaluator,
     load_guide,
 )
-from tests.tiny_clip import CAPTIONS, build_clip_folder
+from tests.tiny_models import CAPTIONS, build_clip_folder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from acpo_utils.evaluators import check_evaluator, load_evaluator
 from acpo_utils.evaluators import clip_metrics as metrics
 from acpo_utils.evaluators.score_scale import to_unit_interval
-from tests.conftest import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 PROMPTS = ["a red fox", "an owl", "a cat"]

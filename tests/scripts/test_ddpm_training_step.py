@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from acpo_utils.evaluators import TwoStreamIQA
 from acpo_utils.randomness import step_generator
 from tests import REPOSITORY
-from tests.tiny_ddpm import tiny_unet2d
+from tests.tiny_models import tiny_unet2d
 
 
 spec = importlib.util.spec_from_file_location("train_acpo_ddpm", REPOSITORY / "examples" / "train_acpo_ddpm.py")

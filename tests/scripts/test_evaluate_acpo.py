@@ -53,7 +53,7 @@ def save_tiny_lora(folder: Path, seed: int, guides: list[str] | None) -> Path:
     from peft import LoraConfig
 
     from acpo_utils.lora import save_lora
-    from tests.conftest import tiny_unet
+    from tests.tiny_models import tiny_unet
 
     folder.mkdir(parents=True)
     unet = tiny_unet()

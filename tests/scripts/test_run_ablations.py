@@ -233,7 +233,8 @@ def test_an_interrupted_run_ends_its_training_and_is_continued(quick, tmp_path):
 def test_end_to_end_on_a_tiny_ddpm(ablate, tmp_path):
     """Real runs of train_acpo_ddpm.py; the second time all of them are skipped and the table is the same."""
     from acpo_utils.evaluators import TwoStreamIQA
-    from tests.tiny_ddpm import pictures, tiny_ddpm
+    from tests.tiny_images import pictures
+    from tests.tiny_models import tiny_ddpm
 
     pictures(tmp_path / "images", 12)
     torch.manual_seed(4)

@@ -28,8 +28,8 @@ from tests import REPOSITORY
 from tests.scripts.test_train_iqa_ipce import rated_rows, write_rows
 from tests.scripts.test_train_iqa_twostream import rated_rows as rated_photographs
 from tests.test_sharding import OLD
-from tests.tiny_clip import build_clip_folder
-from tests.tiny_ddpm import CONFIG, pictures, tiny_ddpm
+from tests.tiny_images import pictures
+from tests.tiny_models import UNET2D_CONFIG, build_clip_folder, tiny_ddpm
 
 
 CONFIGS = REPOSITORY / "examples" / "accelerate_configs"
@@ -171,7 +171,7 @@ def world(tmp_path_factory, tiny_pipeline, tiny_guide, captioned_images):
     both |= {"sampler": "ddim", "ddpm_num_inference_steps": 4}
     ddpm = {"pretrained_model_name_or_path": tiny_ddpm(folder / "ddpm"), "evaluator": f"two-stream:{folder / 'guide'}"}
     ddpm |= {"last_steps": 2, "late_start": "rollout", "late_steps": 2}
-    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | CONFIG))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | UNET2D_CONFIG))
     scratch = {"model_config_name_or_path": folder / "config.json", "resolution": 32, "use_ema": True, "num_epochs": 2}
 
     features = Features({"image": Image(), "mos": Value("float64"), "part": Value("string")})

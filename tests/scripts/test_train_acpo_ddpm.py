@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from acpo_utils.evaluators import TwoStreamIQA
 from tests import REPOSITORY
 from tests.scripts.test_train_acpo_lora_sd import launch
-from tests.tiny_ddpm import CONFIG, pictures, tiny_ddim, tiny_ddpm, tiny_unet2d
+from tests.tiny_images import pictures
+from tests.tiny_models import UNET2D_CONFIG, tiny_ddim, tiny_ddpm, tiny_unet2d
 
 
 SCRIPT = REPOSITORY / "examples" / "train_acpo_ddpm.py"
@@ -31,7 +32,7 @@ def world(tmp_path_factory) -> Path:
     pictures(folder / "validation", 6)
     tiny_ddpm(folder / "ddpm")
     tiny_ddim(folder / "ddim")
-    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | CONFIG))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | UNET2D_CONFIG))
     torch.manual_seed(4)
     TwoStreamIQA(widths=(4, 4, 8, 8), fusion_width=8).save_pretrained(folder / "guide")
     return folder
@@ -344,7 +345,7 @@ def test_a_checkpoint_of_another_model_is_refused(flags, run, world, tmp_path):
     options = {"resume_from_checkpoint": "latest", "num_eval_images": 0}
     assert "expected a folder with adapter_config.json" in run(flags("lora", **options), fails=True)
     config = world / "wide.json"
-    config.write_text(json.dumps({"_class_name": "UNet2DModel"} | CONFIG | {"block_out_channels": (8, 24)}))
+    config.write_text(json.dumps({"_class_name": "UNet2DModel"} | UNET2D_CONFIG | {"block_out_channels": (8, 24)}))
     changes = {"scratch": True, "model_config_name_or_path": config, "last_steps": None}
     out = run(flags("wide", **options, **changes), fails=True)
     assert "checkpoint-1 is of another model" in out and "\n" not in out.strip()

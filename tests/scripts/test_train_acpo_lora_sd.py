@@ -92,7 +92,7 @@ def test_outputs_checkpoints_and_comparison(flags, lora_of, tmp_path, tiny_pipel
     from peft import LoraConfig
 
     from acpo_utils.lora import LORA_NAME, load_lora
-    from tests.conftest import tiny_unet
+    from tests.tiny_models import tiny_unet
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     inputs = torch.randn(1, 4, 16, 16), torch.tensor(50), torch.randn(1, 16, 32)
@@ -250,7 +250,7 @@ def test_the_demos_own_guide_gives_way_to_a_named_one(monkeypatch):
 def test_other_decoders_train_too_and_leave_the_final_comparison_to_the_vae(
     flags, lora_of, tmp_path, monkeypatch, capsys
 ):
-    from tests.conftest import tiny_taesd
+    from tests.tiny_models import tiny_taesd
 
     tiny_taesd().save_pretrained(tmp_path / "taesd")
     others = {
@@ -371,7 +371,7 @@ def test_a_lora_of_another_model_is_refused(flags, tmp_path, monkeypatch, capsys
     from peft import LoraConfig
 
     from acpo_utils.lora import save_lora
-    from tests.conftest import tiny_unet
+    from tests.tiny_models import tiny_unet
 
     other = tiny_unet(block_out_channels=(8, 32))
     other.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))

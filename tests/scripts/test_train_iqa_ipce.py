@@ -18,7 +18,7 @@ from scipy import stats
 import acpo_utils.ratings.agreement
 from acpo_utils.evaluators import check_evaluator, load_evaluator
 from tests import REPOSITORY
-from tests.tiny_clip import build_clip_folder
+from tests.tiny_models import build_clip_folder
 
 
 SCRIPT = REPOSITORY / "examples" / "train_iqa_ipce.py"

@@ -12,7 +12,7 @@ from acpo_utils.evaluators import load_evaluator
 from acpo_utils.randomness import step_generator
 from acpo_utils.stable_diffusion import compile_models
 from tests import REPOSITORY
-from tests.conftest import tiny_scheduler, tiny_taesd, tiny_tokenizer, tiny_unet, tiny_vae
+from tests.tiny_models import tiny_scheduler, tiny_taesd, tiny_tokenizer, tiny_unet, tiny_vae
 
 
 spec = importlib.util.spec_from_file_location("train_acpo_lora_sd", REPOSITORY / "examples" / "train_acpo_lora_sd.py")

@@ -20,8 +20,8 @@ from acpo_utils.evaluators import WeightedEvaluators, load_evaluator
 from acpo_utils.randomness import step_generator
 from acpo_utils.training import memory_estimate as estimate
 from acpo_utils.training.step_cost import FORMULAS, ON_CPU, ON_CPU_BACKWARD, Meter, StepCost
-from tests.conftest import tiny_scheduler, tiny_taesd, tiny_unet, tiny_vae
 from tests.scripts.test_training_step import DEFAULTS, script
+from tests.tiny_models import tiny_scheduler, tiny_taesd, tiny_unet, tiny_vae
 
 
 FLAGS = DEFAULTS | {

@@ -1,0 +1,206 @@
+"""The models of the tests: real classes at a tiny size, with random weights that a seed fixes."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from open_clip.model import CLIP
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from acpo_utils.evaluators import IPCE
+
+
+# --- Stable Diffusion
+
+
+def tiny_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": 16,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DConditionModel(**(config | overrides))
+
+
+def tiny_vae(seed: int = 1) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=32,
+    )
+
+
+def tiny_taesd(seed: int = 6, **overrides) -> AutoencoderTiny:
+    """An AutoencoderTiny of `tiny_vae`'s latents: twice as many pixels as latents along a side."""
+    torch.manual_seed(seed)
+    config = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    return AutoencoderTiny(**(config | {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)} | overrides))
+
+
+def tiny_scheduler(**overrides) -> DDPMScheduler:
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return DDPMScheduler(**(config | {"clip_sample": False, "steps_offset": 1} | overrides))
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Every byte is a token: 16 of them at most."""
+    characters = list(bytes_to_unicode().values())
+    tokens = characters + [c + "</w>" for c in characters] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
+
+
+def tiny_text_encoder(seed: int = 2) -> CLIPTextModel:
+    """Of `tiny_tokenizer`'s tokens."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(seed)
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=37,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            projection_dim=32,
+        )
+    )
+
+
+def save_tiny_pipeline(folder: Path) -> str:
+    """A Stable Diffusion folder."""
+    pipeline = StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_text_encoder(),
+        tokenizer=tiny_tokenizer(),
+        unet=tiny_unet(),
+        scheduler=tiny_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+# --- Unconditional models
+
+
+UNET2D_CONFIG = {
+    "sample_size": 32,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def tiny_unet2d(seed: int = 0, **overrides) -> UNet2DModel:
+    torch.manual_seed(seed)
+    return UNet2DModel(**(UNET2D_CONFIG | overrides)).eval()
+
+
+def tiny_ddpm(folder: Path, pipeline_class: type = DDPMPipeline, **scheduler_overrides) -> str:
+    """A DDPMPipeline's folder, or a DDIMPipeline's."""
+    pipeline = pipeline_class(unet=tiny_unet2d(), scheduler=DDPMScheduler(**scheduler_overrides))
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_ddim(folder: Path) -> str:
+    return tiny_ddpm(folder, DDIMPipeline)
+
+
+# --- CLIP and the guide
+
+
+CAPTIONS = ["a fox, noto style, on a mint background", "two apples on a white background", "an owl, blob style"]
+CLIP_VISION = {"image_size": 16, "patch_size": 4, "width": 32, "layers": 3, "head_width": 16}
+
+
+def build_clip_tokenizer(folder: Path) -> int:
+    """Byte-level BPE in `folder`, the end token last; returns the vocabulary size."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CAPTIONS, trainer)
+    tokenizer.add_special_tokens(["<start>", "<end>"])
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("<start>", "<end>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ids)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>"
+    )
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+def build_clip_folder(
+    folder: Path, seed: int = 0, bundled_tokenizer: bool = False, vision: dict = CLIP_VISION
+) -> Path:
+    """An open_clip "local-dir" folder; 16 px images in patches of 4, three vision layers, 48 tokens of context.
+
+    With a Hugging Face tokenizer of its own, or the one that open_clip bundles.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = {"context_length": 48, "width": 16, "heads": 2, "layers": 1, "vocab_size": 49408}
+    if not bundled_tokenizer:
+        text |= {"vocab_size": build_clip_tokenizer(folder), "hf_tokenizer_name": "local", "tokenizer_kwargs": {}}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    torch.manual_seed(seed)
+    model = CLIP(**config)
+    preprocess = {
+        "size": 2 * [vision["image_size"]],
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.3, 0.25, 0.2],
+        "interpolation": "bicubic",
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return folder
+
+
+def save_tiny_guide(folder: Path, seed: int = 3) -> str:
+    """An IPCE folder around an open_clip model, with the tokenizer that open_clip bundles."""
+    torch.manual_seed(seed)
+    guide = IPCE(
+        {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+            "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        }
+    )
+    guide.save_pretrained(folder)
+    return str(folder)
