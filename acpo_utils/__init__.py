@@ -5,4 +5,14 @@ Import what you need from the module that holds it: `acpo_utils.losses`, `acpo_u
 `acpo_utils.statistics`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+
+def check_min_version(minimum: str) -> None:
+    """For scripts that were copied: raises ImportError, in one line, if the installed acpo_utils is older than `minimum`."""
+    installed, needed = (tuple(int(part) for part in version.split(".")) for version in (__version__, minimum))
+    if installed < needed:
+        raise ImportError(
+            f"This script needs acpo_utils {minimum} or later, found {__version__}: update your clone of the repository it "
+            "came from and `pip install .` there, or take the script of the installed version."
+        )

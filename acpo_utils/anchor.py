@@ -62,7 +62,7 @@ def base_prediction(
 
 
 class AnchorBudget:
-    """Holds the mean of L_anchor (eq. 7) at `budget` by a controlled weight of the anchor.
+    """Holds the mean of L_anchor (eq. 7) at `budget` by a controlled weight of the anchor; without one the weight stays.
 
     Training under the constraint E[L_anchor] <= budget has lambda_anchor of eq. 9 as its multiplier. Dual ascent adds up how
     far the constraint is broken: multiplier <- multiplier exp(INTEGRAL e), e = clamp(log(mean / budget), -0.5, 1), where the
@@ -72,18 +72,19 @@ class AnchorBudget:
     size may be right and none below 0 is.
 
     Args:
-        budget: of L_anchor, in squared units of the prediction, above 0. weight: lambda_anchor at the start, above 0.
+        budget: of L_anchor, in squared units of the prediction, above 0, or None. weight: lambda_anchor at the start,
+            with a budget above 0.
     """
 
-    def __init__(self, budget: float, weight: float):
-        if not budget > 0 or not weight > 0:
+    def __init__(self, budget: float | None, weight: float):
+        if budget is not None and not (budget > 0 and weight > 0):
             raise ValueError(f"expected an anchor budget and weight above 0, found {budget:g} and {weight:g}")
         self.budget, self.multiplier, self.weight = budget, weight, weight
         self.total, self.count = 0.0, 0.0
 
-    def update(self, loss_anchor: float) -> float:
+    def update(self, loss_anchor: float | None) -> float:
         """The weight of the next step, after one of which the anchor loss, a mean over all processes, was this."""
-        if not math.isfinite(loss_anchor):  # the step is skipped
+        if self.budget is None or loss_anchor is None or not math.isfinite(loss_anchor):  # then the step is skipped
             return self.weight
         self.total = SMOOTHING * self.total + loss_anchor
         self.count = SMOOTHING * self.count + 1

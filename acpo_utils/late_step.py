@@ -79,21 +79,21 @@ def denoise_late_steps(
         raise ValueError(f"expected 1 <= backprop_steps <= num_steps, got {backprop_steps} and {num_steps}")
     latents = noisy_latents
     for k in range(num_steps):
-        here = timesteps * (num_steps - k) // num_steps
+        timestep = timesteps * (num_steps - k) // num_steps
         with_gradient = k >= num_steps - backprop_steps
         if k > 0:
             with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-                model_pred = predict(latents.to(noisy_latents.dtype), here)
+                model_pred = predict(latents.to(noisy_latents.dtype), timestep)
         elif not with_gradient:
             model_pred = model_pred.detach()
-        x0 = predict_original_sample(noise_scheduler, model_pred, here, latents)
+        x0 = predict_original_sample(noise_scheduler, model_pred, timestep, latents)
         if k == num_steps - 1:
             return x0
-        there = timesteps * (num_steps - k - 1) // num_steps
-        abar_here = _alphas_cumprod(noise_scheduler, here, latents)
-        abar_there = _alphas_cumprod(noise_scheduler, there, latents)
-        noise_pred = (latents.float() - abar_here.sqrt() * x0) / (1 - abar_here).sqrt()
-        latents = abar_there.sqrt() * x0 + (1 - abar_there).sqrt() * noise_pred
+        prev_timestep = timesteps * (num_steps - k - 1) // num_steps
+        abar = _alphas_cumprod(noise_scheduler, timestep, latents)
+        abar_prev = _alphas_cumprod(noise_scheduler, prev_timestep, latents)
+        noise_pred = (latents.float() - abar.sqrt() * x0) / (1 - abar).sqrt()
+        latents = abar_prev.sqrt() * x0 + (1 - abar_prev).sqrt() * noise_pred
 
 
 def decode_latents(vae, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
@@ -104,8 +104,8 @@ def decode_latents(vae, latents: torch.Tensor, batch_size: int | None = None) ->
 
     Args:
         vae: AutoencoderKL or AutoencoderTiny. latents: (B, 4, h, w), scaled as the U-Net sees them.
-        batch_size: decode so many samples at a time, each lot again in the backward pass, so that no more than one
-            lot's activations are kept. None: all at once.
+        batch_size: decode so many samples at a time, each chunk again in the backward pass, so that no more than one
+            chunk's activations are kept. None: all at once.
     Returns:
         (B, 3, H, W) fp32 in [0, 1].
     """
@@ -118,8 +118,8 @@ def decode_latents(vae, latents: torch.Tensor, batch_size: int | None = None) ->
     if batch_size is None:
         images = decode(latents)
     else:
-        lots = latents.split(batch_size)
-        images = torch.cat([checkpoint(decode, lot, use_reentrant=False) for lot in lots])
+        chunks = latents.split(batch_size)
+        images = torch.cat([checkpoint(decode, chunk, use_reentrant=False) for chunk in chunks])
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -187,8 +187,16 @@ def rollout_late_latents(
         negative, positive = unet(latents.repeat(2, 1, 1, 1), timestep, both_embeds, return_dict=False)[0].chunk(2)
         return negative + guidance_scale * (positive - negative)
 
-    like = (prompt_embeds.device, prompt_embeds.dtype)
-    return rollout_late_samples(predict, noise_scheduler, latents_shape, tmax, num_inference_steps, generator, *like)
+    return rollout_late_samples(
+        predict,
+        noise_scheduler,
+        latents_shape,
+        tmax=tmax,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        device=prompt_embeds.device,
+        dtype=prompt_embeds.dtype,
+    )
 
 
 def resolve_late_window(

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from acpo_utils.files import one_line
-from acpo_utils.sharding import whole_weights
+from acpo_utils.sharding import full_weights
 
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -158,7 +158,7 @@ def register_lora_hooks(
         return next(i for i, model in enumerate(models) if accelerator.unwrap_model(model) is unet)
 
     def save_hook(models: list, weights: list, output_dir: str) -> None:
-        with whole_weights(accelerator, unet):
+        with full_weights(accelerator, unet):
             if accelerator.is_main_process:
                 save(unet, output_dir)
         if weights:  # of DeepSpeed and FSDP, accelerate has written the weights by now
@@ -167,7 +167,7 @@ def register_lora_hooks(
     def load_hook(models: list, input_dir: str) -> None:
         if models:
             models.pop(position(models))
-        with whole_weights(accelerator, unet):  # of DeepSpeed and FSDP, accelerate has read them: this is the check
+        with full_weights(accelerator, unet):  # of DeepSpeed and FSDP, accelerate has read them: this is the check
             load(unet, input_dir)
 
     accelerator.register_save_state_pre_hook(save_hook)

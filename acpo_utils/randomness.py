@@ -67,7 +67,7 @@ def _own_rows(batch_size: int, generator: torch.Generator | None) -> tuple[slice
     return slice(rank * batch_size, (rank + 1) * batch_size), num_processes
 
 
-def own_batches(first_step: int, last_step: int, batch_size: int, accelerator) -> Iterator[range]:
+def process_batches(first_step: int, last_step: int, batch_size: int, accelerator) -> Iterator[range]:
     """The samples of this process's batches, in order, from step `first_step` to before `last_step`."""
     batches_per_step = accelerator.gradient_accumulation_steps * accelerator.num_processes
     first = first_step * batches_per_step + accelerator.process_index

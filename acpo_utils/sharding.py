@@ -83,7 +83,7 @@ def prepare(accelerator, unet, optimizer, lr_scheduler):
 
 
 @contextmanager
-def whole_weights(accelerator, unet: torch.nn.Module) -> Iterator[None]:
+def full_weights(accelerator, unet: torch.nn.Module) -> Iterator[None]:
     """Inside, each process has all weights of a U-Net that FSDP2 has split up, and can sample alone. Else it changes nothing.
 
     To be entered and left by every process. `state_dict()` would split the weights up again, so that what is called inside

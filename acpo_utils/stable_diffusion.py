@@ -105,6 +105,19 @@ def latents_shape(vae: AutoencoderKL, batch_size: int, resolution: int) -> tuple
     return (batch_size, vae.config.latent_channels, side, side)
 
 
+def check_sizes(noise_scheduler, vae, unet, tmax: int, resolution: int, decode_size: int | None) -> None:
+    """Raises ValueError, in one line, for a late window or sizes in pixels that the models cannot do."""
+    total = noise_scheduler.config.num_train_timesteps
+    if not 1 <= tmax <= total:
+        raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {tmax}")
+    factor = latent_factor(vae)
+    multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    if resolution < 1 or resolution % multiple:
+        raise ValueError(f"--resolution must be a multiple of {multiple} for this VAE and U-Net, got {resolution}")
+    if decode_size and (decode_size % factor or not 0 < decode_size <= resolution):
+        raise ValueError(f"--decode_size must be a multiple of {factor} up to the resolution, got {decode_size}")
+
+
 @torch.no_grad()
 def encode_images(batch: dict, vae: AutoencoderKL, generator: torch.Generator | None) -> torch.Tensor:
     """Latents (B, 4, h, w) as the U-Net sees them, a sample of the VAE's posterior.

@@ -7,6 +7,7 @@ from acpo_utils.data.captioned import (
     fit_image,
     load_captioned_images,
     read_image,
+    to_device,
     to_rgb,
     tokenize,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "load_validation_images",
     "read_image",
     "read_prompts",
+    "to_device",
     "to_rgb",
     "to_tensor",
     "tokenize",

@@ -266,3 +266,8 @@ def collate(items: list[dict]) -> dict:
     """{"pixel_values": (B, 3, R, R), "input_ids": (B, L) if the items have them, "prompts": list of B strings}."""
     batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "prompt"}
     return {**batch, "prompts": [item["prompt"] for item in items]}
+
+
+def to_device(batch: dict, device: str | torch.device) -> dict:
+    """The batch with its tensors on `device`; prompts stay as they are."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

@@ -11,6 +11,7 @@ from acpo_utils.evaluators.loading import (
     load_evaluator,
     load_guide,
     named_specs,
+    part_scores,
 )
 
 
@@ -26,6 +27,7 @@ __all__ = [
     "load_guide",
     "load_judges",
     "named_specs",
+    "part_scores",
 ]
 # Imported when they are asked for: open_clip, diffusers' models and the judge's network take seconds.
 _LAZY = {"IPCE": "ipce", "TwoStreamIQA": "two_stream", "load_judges": "judge"}

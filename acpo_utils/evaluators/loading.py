@@ -102,6 +102,11 @@ def guide_parts(guide) -> dict[str, object]:
     return {"guide": guide} | {f"guide {weight:.2g} {name}": evaluator for weight, (name, evaluator) in parts}
 
 
+def part_scores(guide) -> dict[str, torch.Tensor]:
+    """Of several evaluators, each one's own mean score of the last step, by the name under which it is logged; else {}."""
+    return {f"score_{name}": score for name, score in getattr(guide, "last_scores", {}).items()}
+
+
 def load_evaluator(spec: str, device: str | torch.device | None = None):
     """The frozen evaluator that `spec` names, in eval mode, on `device`.
 

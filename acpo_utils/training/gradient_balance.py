@@ -4,6 +4,7 @@ import torch
 from accelerate.logging import get_logger
 
 from acpo_utils.losses import quality_loss
+from acpo_utils.sharding import SHARDED
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -12,19 +13,22 @@ FLOOR = 0.01  # of the gradient: a term below it hardly takes part
 PATIENCE = 3  # measurements in a row below it, as one batch says little
 
 
-class Balance:
+class GradientBalance:
     """Norms of the gradients of L_diff, L_anchor and L_quality with respect to what is trained, taken one by one.
 
-    A weight in eq. 9 says little by itself: the losses differ in scale, and their gradients more so. Register it for
-    checkpointing.
+    A weight in eq. 9 says little by itself: the losses differ in scale, and their gradients more so.
 
     Args:
         parameters: what is trained, a list. tmax: end of the late window, in timesteps.
+        every: how many steps apart it measures; 0: never. Nor does it with DeepSpeed and FSDP, which have a backward
+            pass of their own.
     """
 
-    def __init__(self, accelerator, parameters: list[torch.nn.Parameter], tmax: int):
+    def __init__(self, accelerator, parameters: list[torch.nn.Parameter], tmax: int, every: int):
         self.accelerator, self.parameters, self.tmax = accelerator, parameters, tmax
-        torch._functorch.config.donated_buffer = False  # else a compiled model refuses more than one backward pass
+        self.every = 0 if accelerator.distributed_type in SHARDED else every
+        if self.every:
+            torch._functorch.config.donated_buffer = False  # else a compiled model refuses more than one backward pass
         self.below_floor: dict[str, int] = {}  # term: measurements in a row
 
     def measure(
@@ -35,7 +39,9 @@ class Balance:
         quality_weight: float,
         step: int,
     ) -> dict[str, float]:
-        """What to log; call it in every process, between a step's forward and its backward pass. Draws no numbers.
+        """What to log, of an optimizer step that is due; else {}. Draws no numbers.
+
+        Call it in every process, between each micro-step's forward and its backward pass: the last one is measured.
 
         It costs a backward pass for each term and each bucket of timesteps in the batch.
 
@@ -45,11 +51,13 @@ class Balance:
             diffusion_weight, anchor_weight, quality_weight: their weights in eq. 9.
 
         Returns:
-            Per term: `balance/NAME_weight`; `balance/NAME_grad_norm`, of the weighted term; `balance/NAME_share`, that
+            Of each term `balance/NAME_weight`; `balance/NAME_grad_norm`, of the weighted term; `balance/NAME_share`, that
             over the sum of all. Per quarter of the late window: `balance/quality_grad_norm_t_A_to_B`, of the
             unweighted L_quality (eq. 6) of its samples, where the batch has any. Means over the processes, each of
             which takes its own batch's gradient.
         """
+        if not (self.every and step % self.every == 0 and self.accelerator.sync_gradients):
+            return {}
         weights = {"loss_diffusion": diffusion_weight, "loss_anchor": anchor_weight, "loss_quality": quality_weight}
         used = {name: weight for name, weight in weights.items() if weight and name in terms}
         norms = [weight * self._gradient_norm(terms[name]) for name, weight in used.items()]

@@ -1,7 +1,6 @@
 """The alarm against reward hacking: an obeyed guide goes up; judges that guide nothing say whether the images did."""
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,54 +35,79 @@ def _confident(comparison: dict, sign: int) -> bool:
 class HackingAlarm:
     """Base and current LoRA on the same held-out prompts and noises, compared by the guide and by judges.
 
+    Without a guide, or with fewer than two prompts, it never rings.
+
     Args:
         prompts: n strings; a fall that is small beside the spread over prompts takes many of them to be noticed.
         sample: (pipeline, prompts) -> (n, 3, H, W) in [0, 1], from the same noises at every call.
-        guide: an evaluator. judges: evaluators that guide nothing, by name, the first one decides what is best.
+        guide: an evaluator, or None. judges: evaluators that guide nothing, by name, the first one decides what is best.
         device: where the evaluators are.
         output_dir: gets `validation/base-beside-step-N.png` and, if `keep_best`, the LoRA of the best check in `best`.
     """
 
-    def __init__(self, prompts: list[str], sample: Callable, guide, judges: dict, device, output_dir, keep_best=False):
-        self.prompts, self.sample, self.guide, self.judges = prompts, sample, guide, judges
-        self.device, self.output_dir, self.keep_best = device, Path(output_dir), keep_best
+    def __init__(
+        self,
+        prompts: list[str],
+        sample: Callable,
+        guide,
+        judges: dict,
+        device,
+        output_dir: str | Path,
+        keep_best: bool = False,
+    ):
+        self.prompts = prompts
+        self.sample = sample
+        self.scorers = {"guide": guide} | judges
+        self.judges = judges
+        self.device = device
+        self.output_dir = Path(output_dir)
+        self.keep_best = keep_best
+        self.enabled = guide is not None and len(prompts) > 1
         self.base = None  # images and scores, of the first check
-        self.best_step, self.best_score = 0, -math.inf
-        self.rang: dict[int, list[str]] = {}  # step: judges
+        self.best_step, self.best_score = 0, None
+        self.alarms: dict[int, list[str]] = {}  # step: judges
 
     def check(self, accelerator, pipeline, step: int) -> bool:
         """Samples, compares, logs, writes the picture; True if the alarm rings. The pipeline's adapter is on after it."""
+        if not self.enabled:
+            return False
         if self.base is None:
             pipeline.unet.disable_adapters()
             self.base = self._images_and_scores(pipeline)
             pipeline.unet.enable_adapters()
-        (base_images, base_scores), (images, scores) = self.base, self._images_and_scores(pipeline)
-        picture = self.output_dir / "validation" / f"base-beside-step-{step}.png"
-        comparison_picture(picture, base_images, images, self.prompts, (base_scores["guide"], scores["guide"]))
-        comparisons = {name: paired_comparison(base_scores[name], scores[name]) for name in scores}
-        guide = comparisons.pop("guide")
-        judges = deceived(guide, comparisons)
-        rows = {"guide": guide} | comparisons
+        base_images, base_scores = self.base
+        images, scores = self._images_and_scores(pipeline)
+        comparison_picture(
+            self.output_dir / "validation" / f"base-beside-step-{step}.png",
+            base_images,
+            images,
+            self.prompts,
+            (base_scores["guide"], scores["guide"]),
+        )
+        rows = {name: paired_comparison(base_scores[name], scores[name]) for name in self.scorers}
+        alarmed = deceived(rows["guide"], {name: rows[name] for name in self.judges})
         values = {f"validation/{name} minus base": row["mean_difference"] for name, row in rows.items()}
-        accelerator.log(values | {"validation/hacking_alarm": float(bool(judges))}, step=step)
+        accelerator.log(values | {"validation/hacking_alarm": float(bool(alarmed))}, step=step)
         logger.info(
             f"step {step}: " + ", ".join(f"{n} {r['mean_difference']:+.4f} (p {r['p']:.2g})" for n, r in rows.items())
         )
-        if judges:
-            self.rang[step] = judges
+        if alarmed:
+            self.alarms[step] = alarmed
             logger.warning(
-                f"step {step}: the guide goes up and {', '.join(judges)} down (one-sided p below {ALARM_LEVEL}): the "
+                f"step {step}: the guide goes up and {', '.join(alarmed)} down (one-sided p below {ALARM_LEVEL}): the "
                 "guide is being deceived. Raise --anchor_weight, or lower --quality_weight or --learning_rate."
             )
         elif self.keep_best and self.judges:
             score = scores[next(iter(self.judges))].mean().item()
-            if score > self.best_score:
+            if self.best_score is None or score > self.best_score:
                 save_lora(pipeline.unet, self.output_dir / "best")
                 self.best_step, self.best_score = step, score
-        return bool(judges)
+        return bool(alarmed)
 
     def restore_best(self, unet: torch.nn.Module) -> None:
-        """Puts the LoRA of the best check before the alarm into `unet`; without one it stays as it is."""
+        """If the alarm rang, puts the LoRA of the best check before it into `unet`; without one it stays as it is."""
+        if not (self.keep_best and self.alarms):
+            return
         if self.best_step:
             load_lora(unet, self.output_dir / "best")
             logger.warning(f"The LoRA is that of step {self.best_step}, the best by the judge before the alarm.")
@@ -92,11 +116,21 @@ class HackingAlarm:
 
     def _images_and_scores(self, pipeline) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images = self.sample(pipeline, self.prompts)  # (n, 3, H, W)
-        scorers = {"guide": self.guide} | self.judges
-        return images, {name: score_images(s, images, self.prompts, self.device) for name, s in scorers.items()}
+        return images, {
+            name: score_images(scorer, images, self.prompts, self.device) for name, scorer in self.scorers.items()
+        }
 
     def state_dict(self) -> dict:
-        return {"best_step": self.best_step, "best_score": self.best_score, "rang": self.rang}
+        return {
+            "prompts": self.prompts,
+            "judges": list(self.judges),
+            "best_step": self.best_step,
+            "best_score": self.best_score,
+            "alarms": self.alarms,
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        self.best_step, self.best_score, self.rang = state["best_step"], state["best_score"], state["rang"]
+        self.alarms = {int(step): judges for step, judges in state["alarms"].items()}
+        # With other prompts or judges a score says nothing beside the old one: the best is looked for anew.
+        if state["prompts"] == self.prompts and state["judges"] == list(self.judges):
+            self.best_step, self.best_score = state["best_step"], state["best_score"]

@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 SLOW = 0.1  # seconds, after which a larger size is not timed too
 
 
-def log_estimate(accelerator, training_step, models, evaluator, judges, noise_scheduler, probe, args) -> None:
+def log_estimate(accelerator, training_step, models, evaluator, judges, noise_scheduler, guide_inputs, args) -> None:
     """Logs, on the main process, the memory and the time of the training that is about to start. It never ends a run.
 
     Args:
         models: (unet with its LoRA, vae, decoder, text_encoder). evaluator: the guide or None. judges: by name.
-        probe: (images (B, 3, H, W) in [0, 1] as the decoder gives them, B prompts); None without L_quality.
+        guide_inputs: (images (B, 3, H, W) in [0, 1] as the decoder gives them, B prompts); None without L_quality.
     """
     if not accelerator.is_main_process:
         return
@@ -35,7 +35,9 @@ def log_estimate(accelerator, training_step, models, evaluator, judges, noise_sc
     args = SimpleNamespace(**vars(args) | {"mixed_precision": accelerator.mixed_precision})
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            step_cost = StepCost(training_step, models, probe and (evaluator, *probe), noise_scheduler, device)
+            step_cost = StepCost(
+                training_step, models, guide_inputs and (evaluator, *guide_inputs), noise_scheduler, device
+            )
             scorers = {"guide": [evaluator], "judges": list(judges.values())}
             memory = memory_parts(step_cost, scorers, args)
             available = available_memory(device, memory)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from torchvision.utils import save_image
 
 from acpo_utils.checkpoints import find_checkpoint
 from acpo_utils.files import atomic_write
@@ -88,7 +89,9 @@ def mean_terms(accelerator, terms: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def log_images(accelerator, name: str, images: torch.Tensor, step: int) -> None:
-    """`images` (N, 3, H, W) in [0, 1] on the CPU to TensorBoard and wandb, where they are in use."""
+    """`images` (N, 3, H, W) in [0, 1] on the CPU to OUTPUT_DIR/NAME/step-N.png, and to TensorBoard and wandb if in use."""
+    with atomic_write(Path(accelerator.project_dir, name, f"step-{step}.png")) as temporary:
+        save_image(images, temporary)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images(name, images.numpy(), step)

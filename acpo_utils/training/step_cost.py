@@ -184,7 +184,7 @@ class StepCost:
             run = lambda: decoder.decode(given, return_dict=False)[0]  # noqa: E731
             each = cost(run, "decode", latents.shape[1:], args.decode == "tiny", args.gradient_checkpointing)
             height, width = (latent_factor(vae) * extent for extent in latents.shape[-2:])
-            if args.decode_batch_size:  # the image is kept; each lot's graph is made, and gone, in the backward pass
+            if args.decode_batch_size:  # the image is kept; each chunk's graph is made, and gone, in the backward pass
                 image = 3 * height * width * torch.float32.itemsize
                 later = {"passing": each.passing + each.kept - image, "backward": each.backward + each.forward}
                 each = each._replace(kept=image, **later)
@@ -203,16 +203,25 @@ class StepCost:
         with self.fake_mode, self.device:
             trained = torch.ones((), requires_grad=True)
             embeds = torch.zeros(shape[0], text_config.max_position_embeddings, text_config.hidden_size, dtype=half)
-            batch = {"prompts": [""] * shape[0], "prompt_embeds": embeds, "negative_embeds": embeds[:1]}
+            batch = {"prompts": [""] * shape[0], "prompt_embeds": embeds, "negative_prompt_embeds": embeds[:1]}
             if args.cache_latents:
                 batch["latent_moments"] = torch.zeros(moments_shape, dtype=half)
             elif not args.train_prompts:
                 batch["pixel_values"] = torch.zeros(shape[0], 3, args.resolution, args.resolution)
         stand_in = torch.nn.Module()
         stand_in.forward = predict
-        vaes = SimpleNamespace(config=vae.config, encode=encode), SimpleNamespace(config=decoder.config, decode=decode)
-        rest = (None, SimpleNamespace(score=score), self.scheduler, step_generator(args.seed), args)
-        loss = self.training_step(batch, stand_in, *vaes, *rest)[0]
+        loss, _ = self.training_step(
+            batch,
+            unet=stand_in,
+            vae=SimpleNamespace(config=vae.config, encode=encode),
+            decoder=SimpleNamespace(config=decoder.config, decode=decode),
+            text_encoder=None,
+            evaluator=SimpleNamespace(score=score),
+            noise_scheduler=self.scheduler,
+            generator=step_generator(args.seed),
+            anchor_weight=args.anchor_weight,
+            args=args,
+        )
         kept = dict(ledger.held)
         loss.backward()
         return kept | {"passing": ledger.peak - sum(kept.values())}, dict(ledger.flop), ledger.seconds
