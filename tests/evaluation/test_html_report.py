@@ -1,5 +1,6 @@
 """The report and the pictures: well-formed, complete, and sortable in a browser where there is one."""
 
+import configparser
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from PIL import Image
 from acpo_utils.evaluation.grids import choose_pairs, pair_grid
 from acpo_utils.evaluation.html_report import histogram, write_report
 from acpo_utils.evaluation.table import finish_rows, paired_row
+from tests import REPOSITORY
 
 
 VOID = {"meta", "img", "br", "input"}
@@ -85,6 +87,20 @@ def test_the_report_is_well_formed_complete_and_needs_no_network(report):
     changes = re.search(r'<script type="application/json" id="changes">(.*?)</script>', text).group(1)
     assert json.loads(changes) == {"judge: change by my-lora": [0.5, 2.0, -0.1]}
     assert '"null"' not in text and "None" not in page.text
+    assert '<td>4.000 <span class="up">+2.000</span></td>' in text
+    assert '<td>2.900 <span class="down">-0.100</span></td>' in text
+
+
+def test_the_report_s_style_and_script_are_in_it_and_its_templates_in_the_package(report):
+    folder = REPOSITORY / "acpo_utils"
+    text = report.read_text()
+    for name in ("report.css", "report.js"):
+        assert (folder / "evaluation" / name).read_text().strip() in text, name
+    setup_cfg = configparser.ConfigParser()
+    setup_cfg.read(REPOSITORY / "setup.cfg")
+    patterns = setup_cfg["options.package_data"]["acpo_utils"].split()
+    shipped = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")} <= shipped
 
 
 def chromium() -> str | None:
