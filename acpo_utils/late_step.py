@@ -1,11 +1,13 @@
 """Late-step samples of ACPO (section 3.3.1, eq. 5): from a latent z_t with t < tmax to an image in [0, 1], with gradient."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
 
+from acpo_utils.losses import NoiseScheduler
 from acpo_utils.randomness import batch_randint, batch_randn
 
 
@@ -16,7 +18,7 @@ def sample_late_timesteps(
     return batch_randint(tmax, batch_size, generator, device)
 
 
-def _alphas_cumprod(noise_scheduler, timesteps: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+def _alphas_cumprod(noise_scheduler: NoiseScheduler, timesteps: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
     """(B, 1, ...) abar_t in fp32 on the sample's device; a timestep below 0 stands for the clean end, abar = 1."""
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device=sample.device, dtype=torch.float32)
     alphas = torch.where(timesteps < 0, 1.0, alphas_cumprod[timesteps.clamp(min=0)])
@@ -24,7 +26,7 @@ def _alphas_cumprod(noise_scheduler, timesteps: torch.Tensor, sample: torch.Tens
 
 
 def predict_original_sample(
-    noise_scheduler, model_pred: torch.Tensor, timesteps: torch.Tensor, noisy_latents: torch.Tensor
+    noise_scheduler: NoiseScheduler, model_pred: torch.Tensor, timesteps: torch.Tensor, noisy_latents: torch.Tensor
 ) -> torch.Tensor:
     """The one-step estimate of x0 from z_t and the model's prediction, for any prediction type.
 
@@ -53,7 +55,7 @@ def predict_original_sample(
 
 def denoise_late_steps(
     predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    noise_scheduler,
+    noise_scheduler: NoiseScheduler,
     model_pred: torch.Tensor,
     timesteps: torch.Tensor,
     noisy_latents: torch.Tensor,
@@ -87,30 +89,32 @@ def denoise_late_steps(
         elif not with_gradient:
             model_pred = model_pred.detach()
         x0 = predict_original_sample(noise_scheduler, model_pred, timestep, latents)
-        if k == num_steps - 1:
-            return x0
-        prev_timestep = timesteps * (num_steps - k - 1) // num_steps
-        abar = _alphas_cumprod(noise_scheduler, timestep, latents)
-        abar_prev = _alphas_cumprod(noise_scheduler, prev_timestep, latents)
-        noise_pred = (latents.float() - abar.sqrt() * x0) / (1 - abar).sqrt()
-        latents = abar_prev.sqrt() * x0 + (1 - abar_prev).sqrt() * noise_pred
+        if k < num_steps - 1:
+            prev_timestep = timesteps * (num_steps - k - 1) // num_steps
+            abar = _alphas_cumprod(noise_scheduler, timestep, latents)
+            abar_prev = _alphas_cumprod(noise_scheduler, prev_timestep, latents)
+            noise_pred = (latents.float() - abar.sqrt() * x0) / (1 - abar).sqrt()
+            latents = abar_prev.sqrt() * x0 + (1 - abar_prev).sqrt() * noise_pred
+    return x0
 
 
-def decode_latents(vae, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+def decode_latents(
+    vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor, batch_size: int | None = None
+) -> torch.Tensor:
     """x_hat = D(z_0_hat) (eq. 5): decode with gradient, in fp32, to the range that evaluators expect.
 
     The same arithmetic as `VaeImageProcessor.postprocess`, without leaving the graph. `vae` must hold fp32 weights (a
     fp16 decode overflows); `vae.enable_gradient_checkpointing()` trades its activations for a second forward pass.
 
     Args:
-        vae: AutoencoderKL or AutoencoderTiny. latents: (B, 4, h, w), scaled as the U-Net sees them.
+        latents: (B, 4, h, w), scaled as the U-Net sees them.
         batch_size: decode so many samples at a time, each chunk again in the backward pass, so that no more than one
             chunk's activations are kept. None: all at once.
     Returns:
         (B, 3, H, W) fp32 in [0, 1].
     """
 
-    def decode(latents):
+    def decode(latents: torch.Tensor) -> torch.Tensor:
         with torch.autocast(latents.device.type, enabled=False):
             return vae.decode(latents, return_dict=False)[0]
 
@@ -136,7 +140,7 @@ def crop_latents(latents: torch.Tensor, side: int, generator: torch.Generator | 
 @torch.no_grad()
 def rollout_late_samples(
     predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    noise_scheduler,
+    noise_scheduler: NoiseScheduler,
     shape: tuple[int, ...],
     tmax: int,
     num_inference_steps: int = 50,
@@ -164,14 +168,15 @@ def rollout_late_samples(
     samples = samples * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         if timestep < tmax:
-            return samples, timestep.repeat(len(samples))
+            break
         model_pred = predict(samples, timestep)
         samples = scheduler.step(model_pred, timestep, samples, return_dict=False)[0].to(dtype)
+    return samples, timestep.repeat(len(samples))
 
 
 def rollout_late_latents(
-    unet,
-    noise_scheduler,
+    unet: UNet2DConditionModel,
+    noise_scheduler: NoiseScheduler,
     prompt_embeds: torch.Tensor,
     negative_prompt_embeds: torch.Tensor,
     latents_shape: tuple[int, ...],
@@ -183,7 +188,7 @@ def rollout_late_latents(
     """`rollout_late_samples` of a text-to-image U-Net, with classifier-free guidance: (B, 4, h, w) and (B,)."""
     both_embeds = torch.cat([negative_prompt_embeds.expand_as(prompt_embeds), prompt_embeds])
 
-    def predict(latents, timestep):
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         negative, positive = unet(latents.repeat(2, 1, 1, 1), timestep, both_embeds, return_dict=False)[0].chunk(2)
         return negative + guidance_scale * (positive - negative)
 
@@ -200,7 +205,7 @@ def rollout_late_latents(
 
 
 def resolve_late_window(
-    noise_scheduler, num_inference_steps: int, tmax: int | None = None, last_steps: int | None = None
+    noise_scheduler: NoiseScheduler, num_inference_steps: int, tmax: int | None = None, last_steps: int | None = None
 ) -> tuple[int, int]:
     """The late window both ways: its upper end tmax, and how many of the last sampling steps have t < tmax.
 
@@ -228,7 +233,7 @@ def resolve_late_window(
     return tmax, int((scheduler.timesteps < tmax).sum())
 
 
-def lora_below(pipeline, tmax: int):
+def lora_below(pipeline: StableDiffusionPipeline, tmax: int) -> Callable[..., dict[str, Any]]:
     """A `callback_on_step_end` for a Stable Diffusion pipeline, by which its LoRA acts at timesteps below `tmax` alone.
 
     The quality and the anchor loss saw no others; elsewhere the LoRA is what the diffusion loss and chance made of it.
@@ -240,7 +245,9 @@ def lora_below(pipeline, tmax: int):
     """
     pipeline.disable_lora()
 
-    def callback(pipeline, step: int, timestep, callback_kwargs: dict) -> dict:
+    def callback(
+        pipeline: StableDiffusionPipeline, step: int, timestep: torch.Tensor, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         following = pipeline.scheduler.timesteps[step + 1 : step + 2]
         if len(following) and following[0] < tmax:
             pipeline.enable_lora()

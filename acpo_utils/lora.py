@@ -5,8 +5,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,7 +20,7 @@ from acpo_utils.sharding import full_weights
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
-def save_lora(unet: torch.nn.Module, output_dir: str | Path) -> Path:
+def save_lora(unet: UNet2DConditionModel, output_dir: str | Path) -> Path:
     """Writes the U-Net's "default" adapter, in fp32 and with its rank and alpha, for `load_lora_weights`.
 
     Returns the file `output_dir/pytorch_lora_weights.safetensors`. Two choices that are easily made wrong: the PEFT
@@ -97,7 +100,7 @@ def read_lora_config(path: str | Path) -> dict:
     return _read_lora(path)[1]
 
 
-def load_lora(unet: torch.nn.Module, path: str | Path, adapter_name: str = "default") -> None:
+def load_lora(unet: UNet2DConditionModel, path: str | Path, adapter_name: str = "default") -> None:
     """Loads a LoRA file or folder into the adapter that `unet` already has, in the adapter's own dtype.
 
     Raises ValueError if the file is missing or damaged, belongs to another U-Net, or has another rank, alpha or set
@@ -145,7 +148,10 @@ def load_lora(unet: torch.nn.Module, path: str | Path, adapter_name: str = "defa
 
 
 def register_lora_hooks(
-    accelerator, unet: torch.nn.Module, save: Callable = save_lora, load: Callable = load_lora
+    accelerator: Accelerator,
+    unet: torch.nn.Module,
+    save: Callable[[Any, str], object] = save_lora,
+    load: Callable[[Any, str], object] = load_lora,
 ) -> None:
     """Makes `accelerator.save_state` / `load_state` store the U-Net's LoRA in place of the whole U-Net.
 

@@ -1,17 +1,22 @@
 """The four losses of the ACPO paper (section 3.3, eqs. 6 to 9) as plain functions of tensors."""
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 
+NoiseScheduler: TypeAlias = DDPMScheduler | DDIMScheduler  # what has `add_noise`, `get_velocity` and `alphas_cumprod`
+
+
 def diffusion_target(
-    noise_scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    noise_scheduler: NoiseScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """What the model is trained to predict, by the scheduler's `prediction_type`: noise, velocity or sample.
 
     Args:
-        noise_scheduler: a diffusers scheduler with `add_noise` and `get_velocity` (DDPMScheduler, DDIMScheduler).
         latents: (B, ...) clean latents x0. noise: (B, ...) the noise added to them. timesteps: (B,) integers.
     Raises:
         ValueError: for a prediction type other than "epsilon", "v_prediction" and "sample".
@@ -27,7 +32,7 @@ def diffusion_target(
 
 
 def diffusion_loss(
-    noise_scheduler,
+    noise_scheduler: NoiseScheduler,
     model_pred: torch.Tensor,
     latents: torch.Tensor,
     noise: torch.Tensor,
@@ -95,5 +100,6 @@ def acpo_objective(
     present = {name: (weight, term) for name, (weight, term) in weighted.items() if term is not None}
     if not present:
         raise ValueError("nothing to optimise: the diffusion, the anchor and the quality loss are all switched off")
-    total = sum(weight * term for weight, term in present.values())
+    first, *others = (weight * term for weight, term in present.values())
+    total = sum(others, start=first)
     return total, {"loss": total} | {name: term for name, (_, term) in present.items()}
