@@ -1,5 +1,6 @@
 """Fine-tune a LoRA of Stable Diffusion by ACPO: late-step samples are decoded and scored by a frozen evaluator, the
-score's gradient trains the LoRA, and an anchor holds its predictions to the frozen base model's (section 3.3, eqs. 5-9).
+score's gradient trains the LoRA, and an anchor holds its predictions to the frozen base model's (section 3.3,
+eqs. 5-9).
 
     accelerate launch examples/train_acpo_lora_sd.py --tmax 100
 
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import SchedulerType
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
@@ -35,6 +36,7 @@ from acpo_utils.training.arguments import check_numbers, check_objective, is_due
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.hacking_alarm import HackingAlarm
 from acpo_utils.training.memory_estimate import log_estimate
+from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, start_run, use_all_cpus
 
 
@@ -390,23 +392,6 @@ def build_dataloader(train_set, first_step, accelerator, args):
     )
 
 
-def build_optimizer(lora_parameters, accelerator, args):
-    optimizer = torch.optim.AdamW(
-        lora_parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
-    return optimizer, lr_scheduler
-
-
 def main(args):
     accelerator, run = start_run(args, sharding=SHARDED)
     if args.demo:
@@ -448,7 +433,13 @@ def main(args):
         args=args,
     )
 
-    optimizer, lr_scheduler = build_optimizer(lora_parameters, accelerator, args)
+    optimizer, lr_scheduler = build_optimizer(
+        lora_parameters,
+        accelerator,
+        args,
+        learning_rate=args.learning_rate,
+        num_training_steps=args.max_train_steps,
+    )
     unet, optimizer, lr_scheduler = prepare(accelerator, unet, optimizer, lr_scheduler)
     lora_parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]  # FSDP2 replaces them
     register_lora_hooks(accelerator, unet)
@@ -475,7 +466,8 @@ def main(args):
 
     accelerator.init_trackers("acpo-lora-sd", config=settings_of(args))
     logger.info(
-        f"***** Running training ***** {len(dataset)} images, {sum(p.numel() for p in lora_parameters)} trained parameters, "
+        f"***** Running training ***** {len(dataset)} images, "
+        f"{sum(parameter.numel() for parameter in lora_parameters)} trained parameters, "
         f"steps {first_step}..{args.max_train_steps}"
     )
     progress = tqdm(

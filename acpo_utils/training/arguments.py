@@ -123,8 +123,7 @@ def read_demo_settings(file: Path, given) -> dict:
     """The embedded demo's settings by flag, from a JSON file; `$DEMO` in them is the folder of that file.
 
     Args:
-        given: the arguments as they were given. A list among them takes the place of the demo's, to which argparse would
-            add it.
+        given: the arguments as they were given. A list among them takes the demo's place, and is not added to it.
     """
     settings = json.loads(file.read_text().replace("$DEMO", file.parent.as_posix()))
     return {

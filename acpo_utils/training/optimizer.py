@@ -1,0 +1,28 @@
+"""The optimizer and its schedule, by the flags that diffusers' scripts have for them."""
+
+import torch
+from diffusers.optimization import get_scheduler
+
+
+def build_optimizer(parameters, accelerator, args, learning_rate: float, num_training_steps: int):
+    """AdamW with --adam_beta1 and so on, and the schedule --lr_scheduler over `num_training_steps`.
+
+    Args:
+        parameters: a list of parameters, or of groups, whose own options count before the flags.
+        accelerator: a prepared schedule is advanced by each of its processes, hence so many times its length.
+        args: the script's. learning_rate: of what has none of its own.
+    """
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=num_training_steps * accelerator.num_processes,
+    )
+    return optimizer, lr_scheduler
