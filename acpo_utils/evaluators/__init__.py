@@ -1,6 +1,7 @@
-"""Evaluators: what scores an image, to guide a training or to judge it. `acpo_utils.evaluators.loading` says what one has."""
+"""Evaluators: what scores an image, to guide a training or to judge it. `acpo_utils.evaluators.protocol` says what one has."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from acpo_utils.evaluators.loading import (
     PythonEvaluator,
@@ -13,10 +14,18 @@ from acpo_utils.evaluators.loading import (
     named_specs,
     part_scores,
 )
+from acpo_utils.evaluators.protocol import Evaluator
+
+
+if TYPE_CHECKING:
+    from acpo_utils.evaluators.ipce import IPCE
+    from acpo_utils.evaluators.judge import load_judges
+    from acpo_utils.evaluators.two_stream import TwoStreamIQA
 
 
 __all__ = [
     "IPCE",
+    "Evaluator",
     "PythonEvaluator",
     "TwoStreamIQA",
     "WeightedEvaluators",
@@ -33,7 +42,7 @@ __all__ = [
 _LAZY = {"IPCE": "ipce", "TwoStreamIQA": "two_stream", "load_judges": "judge"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -2,12 +2,17 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from acpo_utils.evaluators.open_clip_models import warn_of_truncation
 from acpo_utils.evaluators.score_scale import to_unit_interval
+
+
+if TYPE_CHECKING:  # transformers takes seconds
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -26,17 +31,26 @@ class CLIPMetric(torch.nn.Module):
     report, `low + (high - low) * score`, is the native score wherever it lies within 5 to 95 % of the range.
 
     Args:
-        model: a `transformers.CLIPModel`. tokenizer: its `CLIPTokenizer`. image_processor: its `CLIPImageProcessor`,
-            whose sizes, mean and standard deviation are read; the images never pass through it.
+        image_processor: its sizes, mean and standard deviation are read; the images never pass through it.
         factor: of the cosine. score_range: the native scores that become 0 and 1.
     Raises:
         ValueError: if the processor does anything but resize the shorter side, crop the centre and normalise.
     """
 
-    def __init__(self, model, tokenizer, image_processor, factor: float, score_range: tuple[float, float]):
+    mean: torch.Tensor  # buffers
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        model: "CLIPModel",
+        tokenizer: "CLIPTokenizer",
+        image_processor: "CLIPImageProcessor",
+        factor: float,
+        score_range: tuple[float, float],
+    ):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        self.factor, self.score_range = factor, tuple(score_range)
+        self.factor, self.score_range = factor, score_range
         size, crop = image_processor.size, image_processor.crop_size
         side = model.config.vision_config.image_size
         if not size.get("shortest_edge") or (crop["height"], crop["width"]) != (side, side):

@@ -21,6 +21,9 @@ class EfficientNetFeatures(nn.Module):
         ImportError: if the packages are not installed; the message has the pip command.
     """
 
+    mean: torch.Tensor  # buffers
+    std: torch.Tensor
+
     def __init__(self, image_size: int = 192):
         super().__init__()
         package_folder("efficientnet_lite_pytorch", EFFICIENTNET_PIP)

@@ -3,6 +3,7 @@
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ class IPCE(ModelMixin, ConfigMixin):
         self.register_buffer("pixel_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
         self._text_cache: dict[str, torch.Tensor] = {}
-        self._text_cache_state = None
+        self._text_cache_state: tuple[torch.device, list[torch.dtype], list[int]] | None = None
         self._warned_of_truncation = False
 
         crop_resolution = crop_resolution or round(max(self.image_size) * 512 / 224)
@@ -104,7 +105,8 @@ class IPCE(ModelMixin, ConfigMixin):
 
     @property
     def score_range(self) -> tuple[float, float]:
-        return tuple(self.config.score_range)
+        low, high = self.config.score_range
+        return low, high
 
     def score(self, images: torch.Tensor, prompts: list[str] | None = None) -> torch.Tensor:
         """Scores (B,) in (0, 1) of `images` (B, 3, H, W) in [0, 1] given B `prompts`; any H and W.
@@ -234,7 +236,7 @@ class IPCE(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_open_clip(
-        cls, clip_model: str, clip_pretrained: str | None = None, head: str = "alignment_structure", **config
+        cls, clip_model: str, clip_pretrained: str | None = None, head: str = "alignment_structure", **config: Any
     ) -> "IPCE":
         """IPCE around a pretrained open_clip model, with an untrained head.
 
@@ -254,24 +256,31 @@ class IPCE(ModelMixin, ConfigMixin):
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "IPCE":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "IPCE":
         """Loads a saved IPCE to fp32, in eval mode. Raises ValueError if a tensor is missing or does not belong."""
         path = str(pretrained_model_name_or_path)
         model = load_strictly(super().from_pretrained, path, **kwargs)
         if model.tokenizer is None:
-            local = os.path.isdir(path)
-            source, where = (Path(path, "tokenizer"), {}) if local else (path, {"subfolder": "tokenizer"})
-            if local and not source.is_dir():
-                raise ValueError(f"Expected the evaluator's tokenizer in {source}, found no such folder.")
-            model.tokenizer = build_tokenizer(model.config.clip_config, source, **where)
+            clip_config = model.config.clip_config
+            if os.path.isdir(path):
+                folder = Path(path, "tokenizer")
+                if not folder.is_dir():
+                    raise ValueError(f"Expected the evaluator's tokenizer in {folder}, found no such folder.")
+                model.tokenizer = build_tokenizer(clip_config, folder)
+            else:
+                model.tokenizer = build_tokenizer(clip_config, path, subfolder="tokenizer")
         return model
 
-    def save_pretrained(self, save_directory: str | Path, dtype: torch.dtype | None = None, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Writes config.json, safetensors (the CLIP in `dtype`, e.g. torch.float16, if given) and the tokenizer."""
         model = self
         if dtype is not None:
             model = copy.deepcopy(self)
             model.clip.to(dtype)
         super(IPCE, model).save_pretrained(save_directory, **kwargs)
-        if hasattr(self.tokenizer, "save_pretrained") and kwargs.get("is_main_process", True):
+        if (
+            self.tokenizer is not None
+            and hasattr(self.tokenizer, "save_pretrained")
+            and kwargs.get("is_main_process", True)
+        ):
             self.tokenizer.save_pretrained(str(Path(save_directory, "tokenizer")))

@@ -19,6 +19,7 @@ from torch import nn
 
 from acpo_utils.evaluators.efficientnet import EfficientNetFeatures, extract_features
 from acpo_utils.evaluators.loading import load_evaluator, named_specs
+from acpo_utils.evaluators.protocol import Evaluator
 from acpo_utils.files import package_folder
 
 
@@ -59,6 +60,12 @@ class Judge(nn.Module):
         ignore_pattern: a regular expression; what it matches is removed from every prompt. The demo's captions name a
             drawing style ("noto style") that the judge has never seen and could only be confused by.
     """
+
+    feature_mean: torch.Tensor  # buffers
+    feature_std: torch.Tensor
+    weight: torch.Tensor
+    text_mean: torch.Tensor
+    text_embeddings: torch.Tensor
 
     def __init__(
         self,
@@ -148,7 +155,7 @@ def load_judge(folder: str | Path) -> Judge:
     return Judge(network, load_file(folder / "head.safetensors"), texts, embeddings, config["ignore_pattern"])
 
 
-def load_judges(specs: list[str], device: str | torch.device | None = None) -> dict[str, object]:
+def load_judges(specs: list[str], device: str | torch.device | None = None) -> dict[str, Evaluator | Judge]:
     """The evaluators that guide nothing, by the name of their row in a table: "judge", or "judge NAME" of several.
 
     A spec is `judge:PATH` or PATH, a folder as `load_judge` reads it, or one of `load_evaluator`'s.
@@ -158,7 +165,7 @@ def load_judges(specs: list[str], device: str | torch.device | None = None) -> d
     return dict(zip(names, (_load_judge(spec, device) for spec in specs)))
 
 
-def _load_judge(spec: str, device):
+def _load_judge(spec: str, device: str | torch.device | None) -> Evaluator | Judge:
     folder = spec.removeprefix("judge:")
     if folder == spec and not Path(folder, "judge.json").is_file():
         return load_evaluator(spec, device)

@@ -1,7 +1,6 @@
 """Evaluators by name, several of them as one guide, and the contract that a guide has to keep.
 
-An evaluator has `score(images, prompts=None) -> (batch,)` in (0, 1) for `images` (batch, 3, height, width) in [0, 1],
-differentiable in `images`, and `score_range` for reports. `acpo_utils.evaluators.IPCE` and `TwoStreamIQA` are imported
+What an evaluator has is in `acpo_utils.evaluators.protocol`. `acpo_utils.evaluators.IPCE` and `TwoStreamIQA` are imported
 when they are used.
 """
 
@@ -14,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from acpo_utils.evaluators.protocol import Evaluator
 
 
 # kind in a spec: (class in a saved evaluator's config.json, module that holds it)
@@ -33,7 +34,8 @@ class PythonEvaluator:
 
     def __init__(self, function: Callable[[torch.Tensor, list[str] | None], torch.Tensor]):
         self.function = function
-        self.score_range = tuple(getattr(function, "score_range", (0.0, 1.0)))
+        low, high = getattr(function, "score_range", (0.0, 1.0))
+        self.score_range = (low, high)
 
     def score(self, images: torch.Tensor, prompts: list[str] | None = None) -> torch.Tensor:
         return self.function(images, prompts)
@@ -48,14 +50,19 @@ class WeightedEvaluators:
 
     score_range = (0.0, 1.0)  # the parts keep their own
 
-    def __init__(self, evaluators: dict[str, object], weights: Sequence[float]):
+    def __init__(self, evaluators: dict[str, Evaluator], weights: Sequence[float]):
         self.evaluators, self.weights = dict(evaluators), list(weights)
         self.last_scores: dict[str, torch.Tensor] = {}  # of the last call: each part's mean, detached
 
     def score(self, images: torch.Tensor, prompts: list[str] | None = None) -> torch.Tensor:
         scores = {name: evaluator.score(images, prompts) for name, evaluator in self.evaluators.items()}  # (B,) each
         self.last_scores = {name: part.detach().float().mean() for name, part in scores.items()}
-        return sum(weight * part.float() for weight, part in zip(self.weights, scores.values()))
+        return _weighted_sum(self.weights, [part.float() for part in scores.values()])
+
+
+def _weighted_sum(weights: Sequence[float], scores: Sequence[torch.Tensor]) -> torch.Tensor:
+    first, *others = (weight * part for weight, part in zip(weights, scores))
+    return sum(others, start=first)
 
 
 def guide_weights(specs: Sequence[str], weights: Sequence[float] | None = None) -> list[float]:
@@ -71,7 +78,9 @@ def guide_weights(specs: Sequence[str], weights: Sequence[float] | None = None) 
     return [weight / sum(weights) for weight in weights]
 
 
-def load_guide(specs: Sequence[str], weights: Sequence[float] | None = None, device: str | torch.device | None = None):
+def load_guide(
+    specs: Sequence[str], weights: Sequence[float] | None = None, device: str | torch.device | None = None
+) -> Evaluator:
     """What `specs` name: the one evaluator itself, or several as `WeightedEvaluators`.
 
     Raises ValueError as `guide_weights` and `load_evaluator` do.
@@ -85,7 +94,7 @@ def load_guide(specs: Sequence[str], weights: Sequence[float] | None = None, dev
 
 def named_specs(specs: Sequence[str]) -> dict[str, str]:
     """`specs` by short names that differ, fit for the tags of trackers."""
-    named = {}
+    named: dict[str, str] = {}
     for spec in specs:
         kind, _, rest = spec.partition(":")
         name = re.sub(r"[^-\w.]+", "-", f"{kind}-{Path(rest).name}" if rest else Path(spec).name)
@@ -94,7 +103,7 @@ def named_specs(specs: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def guide_parts(guide) -> dict[str, object]:
+def guide_parts(guide: Evaluator) -> dict[str, Evaluator]:
     """The rows of a report: `guide` itself and, if it is several evaluators, each of them, named by weight and name."""
     if not isinstance(guide, WeightedEvaluators):
         return {"guide": guide}
@@ -102,12 +111,12 @@ def guide_parts(guide) -> dict[str, object]:
     return {"guide": guide} | {f"guide {weight:.2g} {name}": evaluator for weight, (name, evaluator) in parts}
 
 
-def part_scores(guide) -> dict[str, torch.Tensor]:
+def part_scores(guide: Evaluator) -> dict[str, torch.Tensor]:
     """Of several evaluators, each one's own mean score of the last step, by the name under which it is logged; else {}."""
     return {f"score_{name}": score for name, score in getattr(guide, "last_scores", {}).items()}
 
 
-def load_evaluator(spec: str, device: str | torch.device | None = None):
+def load_evaluator(spec: str, device: str | torch.device | None = None) -> Evaluator:
     """The frozen evaluator that `spec` names, in eval mode, on `device`.
 
     - `ipce:PATH`, `two-stream:PATH`: a folder (or hub repository) written by `save_pretrained` of `IPCE` or
@@ -145,7 +154,7 @@ def load_evaluator(spec: str, device: str | torch.device | None = None):
     return _load_saved(spec, kind, rest, device)
 
 
-def _load_saved(spec: str, kind: str, rest: str, device: str | torch.device | None):
+def _load_saved(spec: str, kind: str, rest: str, device: str | torch.device | None) -> Evaluator:
     path = rest if kind in SAVED else spec
     on_hub = kind in SAVED and path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists()
     if on_hub:
@@ -197,7 +206,7 @@ def _load_callable(spec: str, rest: str, device: str | torch.device | None) -> P
 
 
 def check_evaluator(
-    evaluator, images: torch.Tensor, prompts: list[str] | None = None, name: str | None = None
+    evaluator: Evaluator, images: torch.Tensor, prompts: list[str] | None = None, name: str | None = None
 ) -> torch.Tensor:
     """Raises ValueError unless `evaluator` can guide training; returns its scores (B,) of `images`, detached.
 
@@ -207,8 +216,8 @@ def check_evaluator(
     """
     if isinstance(evaluator, WeightedEvaluators):
         parts = evaluator.evaluators.items()
-        scores = [check_evaluator(part, images, prompts, part_name) for part_name, part in parts]
-        return sum(weight * part for weight, part in zip(evaluator.weights, scores))
+        scores_of_parts = [check_evaluator(part, images, prompts, part_name) for part_name, part in parts]
+        return _weighted_sum(evaluator.weights, scores_of_parts)
     name = name or type(getattr(evaluator, "function", evaluator)).__name__
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"Images for the evaluator: expected (batch, 3, height, width), found {tuple(images.shape)}.")
@@ -219,7 +228,7 @@ def check_evaluator(
     with torch.enable_grad():
         scores = evaluator.score(images, prompts)
     if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != (len(images),):
-        found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        found = str(tuple(scores.shape)) if isinstance(scores, torch.Tensor) else type(scores).__name__
         raise ValueError(f"Evaluator {name}: expected one score for each image, ({len(images)},), found {found}.")
     if not bool(((scores > 0) & (scores < 1)).all()):
         found = ", ".join(f"{score:.4g}" for score in scores.tolist()[:4])

@@ -6,11 +6,20 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 
-def build_clip(clip_config: dict) -> torch.nn.Module:
+if TYPE_CHECKING:  # open_clip takes seconds
+    from open_clip.model import CLIP, CustomTextCLIP
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    OpenCLIP: TypeAlias = CLIP | CustomTextCLIP
+    Tokenizer: TypeAlias = HFTokenizer | SimpleTokenizer
+
+
+def build_clip(clip_config: dict) -> "OpenCLIP":
     """The open_clip network that `clip_config` describes, with random weights; nothing is downloaded."""
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -25,7 +34,7 @@ def build_clip(clip_config: dict) -> torch.nn.Module:
     return (CustomTextCLIP if custom_text else CLIP)(**config)
 
 
-def build_tokenizer(clip_config: dict, source: str | Path | None, **kwargs):
+def build_tokenizer(clip_config: dict, source: str | Path | None, **kwargs: Any) -> "Tokenizer":
     """open_clip's own tokenizer (bundled), or the Hugging Face tokenizer in `source` if the configuration names one."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
@@ -40,7 +49,7 @@ def build_tokenizer(clip_config: dict, source: str | Path | None, **kwargs):
     return HFTokenizer(str(source), context_length=context_length, tokenizer_mode=mode, **kwargs)
 
 
-def token_counts(tokenizer, texts: list[str]) -> list[int]:
+def token_counts(tokenizer: "Tokenizer", texts: list[str]) -> list[int]:
     """How many tokens each text has before truncation, those that mark its start and end included.
 
     `tokenizer` is one of `build_tokenizer`'s. Counted, not read off the truncated tokens: a tokenizer that pads with
@@ -73,7 +82,7 @@ def resolve_layers(visual: torch.nn.Module, layers: list[int] | None) -> list[in
     tower without such layers."""
     transformer, trunk = getattr(visual, "transformer", None), getattr(visual, "trunk", None)
     blocks = getattr(transformer, "resblocks", None)
-    if hasattr(trunk, "forward_intermediates"):
+    if trunk is not None and hasattr(trunk, "forward_intermediates"):
         blocks = trunk.feature_info  # of timm, one for each
     if blocks is None:
         raise ValueError(
@@ -89,12 +98,12 @@ def resolve_layers(visual: torch.nn.Module, layers: list[int] | None) -> list[in
     return sorted({layer % depth for layer in layers})
 
 
-def gives_tokens(trunk: torch.nn.Module) -> bool:
+def gives_tokens(trunk: Any) -> bool:
     """Whether an image network of timm gives patch and prefix tokens of its layers, or else maps (B, C, h, w)."""
     return "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
 
 
-def load_open_clip(clip_model: str, clip_pretrained: str | None = None) -> tuple[torch.nn.Module, dict, object, dict]:
+def load_open_clip(clip_model: str, clip_pretrained: str | None = None) -> tuple["OpenCLIP", dict, "Tokenizer", dict]:
     """The model, its configuration (for `build_clip`), its tokenizer and its preprocessing (`mean`, `std`, ...).
 
     `clip_model` is an open_clip model name with `clip_pretrained` a tag (downloaded) or a local weights file, or a

@@ -1,11 +1,16 @@
 """The no-reference metrics of pyiqa as evaluators."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 
 from acpo_utils.evaluators.score_scale import to_unit_interval
 from acpo_utils.files import no_pickles
+
+
+if TYPE_CHECKING:
+    from pyiqa.models.inference_model import InferenceModel
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +28,7 @@ class PyIQAMetric(torch.nn.Module):
     turned over first, and reported with a minus sign: in a report higher is better, as everywhere else.
     """
 
-    def __init__(self, metric, name: str):
+    def __init__(self, metric: "InferenceModel", name: str):
         super().__init__()
         low, high = parse_score_range(metric.score_range, name)
         self.metric, self.sign = metric, -1.0 if metric.lower_better else 1.0

@@ -1,6 +1,7 @@
 """TwoStreamIQA: image quality without prompts, from an image and its gradient map (the paper's eq. 4)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ class TwoStreamIQA(ModelMixin, ConfigMixin):
 
     @property
     def score_range(self) -> tuple[float, float]:
-        return tuple(self.config.score_range)
+        low, high = self.config.score_range
+        return low, high
 
     def score(self, images: torch.Tensor, prompts: list[str] | None = None) -> torch.Tensor:
         """Scores (B,) in (0, 1) of `images` (B, 3, H, W) in [0, 1], H and W from 32 px; `prompts` are ignored.
@@ -113,7 +115,7 @@ class TwoStreamIQA(ModelMixin, ConfigMixin):
         return torch.cat([patches.mean(dim=2), deviation], dim=1)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "TwoStreamIQA":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "TwoStreamIQA":
         """Loads a saved TwoStreamIQA to fp32, in eval mode. Raises ValueError if a tensor is missing or too many."""
         path = str(pretrained_model_name_or_path)
         model = load_strictly(super().from_pretrained, path, **kwargs)
