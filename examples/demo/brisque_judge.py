@@ -29,7 +29,7 @@ class Brisque:
 
     Mittal, Moorthy and Bovik, "No-Reference Image Quality Assessment in the Spatial Domain", 2012, with the support
     vector regression of the package `brisque`, trained on the human ratings of LIVE: blur, JPEG, JPEG2000, noise. Of
-    photographs only: flat drawings it finds the worse, the cleaner they are (docs/evaluators.md).
+    photographs only: flat drawings it finds the worse, the cleaner they are (docs/demo-evaluators.md).
 
     Args:
         folder: with svm.txt and normalize.pickle; by default the package's own.

@@ -169,7 +169,7 @@ configs:
 # {count} photographs
 
 What the two-stream evaluator of the demo was trained on (`train`), chosen by (`validation`) and measured with (`test`),
-after distortion: see [`docs/evaluators.md`](../../../docs/evaluators.md). A photograph stands in one split only. Shorter
+after distortion: see [`docs/demo-evaluators.md`](../../../docs/demo-evaluators.md). A photograph stands in one split only. Shorter
 side 384 pixels, JPEG of quality 95 without chroma subsampling. `datasets.load_dataset("examples/demo/photos")` reads them;
 columns `image`, {columns}.
 

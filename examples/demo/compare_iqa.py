@@ -11,7 +11,7 @@
   standard deviation of every block's output. Fitted on distorted training photographs as the evaluator was; its ridge
   is chosen on the validation photographs.
 
-The labels of all are KADID-10k's mean ratings by distortion and level, see docs/evaluators.md. Needs no OpenCV, no
+The labels of all are KADID-10k's mean ratings by distortion and level, see docs/demo-evaluators.md. Needs no OpenCV, no
 libsvm, and unpickles nothing that could run code. About fifteen minutes on one core.
 """
 
