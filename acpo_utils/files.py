@@ -72,19 +72,23 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def load_strictly(from_pretrained: Callable, path: str, **kwargs):
-    """What `from_pretrained` of a diffusers model reads in `path`; safetensors only, and no tensor left out.
+def load_strictly(from_pretrained: Callable, path: str | Path, **kwargs):
+    """What `from_pretrained` of a diffusers or transformers model reads in `path`; safetensors only, no tensor left out.
 
-    diffusers itself goes on to a pickle, and leaves a missing tensor uninitialised with no more than a line in the log.
-    Raises ValueError if a tensor is missing, of another shape, or does not belong.
+    The libraries go on to a pickle, and leave a missing tensor random or uninitialised with no more than a line in the log.
+    Raises ValueError naming the file and the tensors if one is missing, of another shape, or does not belong. What does
+    not belong is let through in transformers' models, whose classes take a part of a larger one's file.
     """
-    kwargs = {"use_safetensors": True} | kwargs
-    model, info = from_pretrained(path, output_loading_info=True, **kwargs)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(kind) or [])):
+    model, info = from_pretrained(path, output_loading_info=True, **({"use_safetensors": True} | kwargs))
+    kinds = ["missing_keys", "mismatched_keys"]
+    if not hasattr(model.config, "to_diff_dict"):  # a diffusers model
+        kinds.append("unexpected_keys")
+    for kind in kinds:
+        if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or []):
+            where = Path(path, kwargs.get("subfolder") or "")
             raise ValueError(
-                f"The weights in {path} do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, "
-                f"e.g. {', '.join(keys[:3])}. Save the evaluator again or get an undamaged copy."
+                f"the weights in {where} do not fit its config.json: {len(keys)} {kind.replace('_keys', '')} tensors, "
+                f"e.g. {', '.join(keys[:3])}. Save the model again or get an undamaged copy."
             )
     return model
 

@@ -1,7 +1,8 @@
 """The parts of a Stable Diffusion pipeline, frozen, as a training wants them."""
 
+from pathlib import Path
+
 import torch
-from accelerate.utils import compare_versions
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -11,40 +12,140 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from acpo_utils.files import load_strictly, one_line
 from acpo_utils.randomness import batch_randn
 
 
-# What from_pretrained of diffusers calls it: "dtype" is unknown before 0.40, "torch_dtype" warns since.
-DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40.0") else "torch_dtype"
+# Another family's pipeline, and the script that is made for it.
+OTHER_SCRIPTS = {
+    "DDPMPipeline": "train_acpo_ddpm.py",
+    "DDIMPipeline": "train_acpo_ddpm.py",
+    "StableDiffusionXLPipeline": "diffusers' train_text_to_image_lora_sdxl.py, without ACPO",
+    "StableDiffusion3Pipeline": "diffusers' train_dreambooth_lora_sd3.py, without ACPO",
+    "FluxPipeline": "diffusers' train_dreambooth_lora_flux.py, without ACPO",
+}
 
 
-def load_stable_diffusion(pretrained_model_name_or_path: str, revision, variant, weight_dtype: torch.dtype, device):
-    """(noise_scheduler, tokenizer, text_encoder, vae, unet) of a hub id or folder; the models frozen, on `device`.
+def load_stable_diffusion(
+    pretrained_model_name_or_path: str,
+    revision: str | None,
+    variant: str | None,
+    weight_dtype: torch.dtype,
+    device: str | torch.device,
+):
+    """(noise_scheduler, tokenizer, text_encoder, vae, unet) of a hub id, a folder or a .safetensors file; frozen, on `device`.
 
-    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Raises ValueError, in one line, for
-    what is no Stable Diffusion pipeline.
+    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Every part is loaded from safetensors, and
+    strictly. Raises ValueError, in one line, for what is no Stable Diffusion pipeline, or not all of one.
     """
-    source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, "revision": revision}
-    text, latent = {"variant": variant, "dtype": weight_dtype}, {"variant": variant, DTYPE: weight_dtype}
+    source = str(pretrained_model_name_or_path)
+    if source.endswith((".ckpt", ".pt", ".bin")):
+        raise ValueError(f"{source}: expected .safetensors, found a pickle, which can run any code. Convert it first.")
     try:
-        noise_scheduler = DDPMScheduler.from_pretrained(**source, subfolder="scheduler")
-        tokenizer = CLIPTokenizer.from_pretrained(**source, subfolder="tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(**source, subfolder="text_encoder", **text)
-        vae = AutoencoderKL.from_pretrained(**source, subfolder="vae", variant=variant)
-        unet = UNet2DConditionModel.from_pretrained(**source, subfolder="unet", **latent)
-    except OSError as error:
+        if source.endswith(".safetensors"):
+            pipeline = _load_single_file(source)
+            parts = [pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet]
+            scheduler_config = pipeline.scheduler.config
+        else:
+            _check_configs(source, revision)
+            parts = _load_folder(source, revision, variant)
+            scheduler_config = DDPMScheduler.load_config(source, revision=revision, subfolder="scheduler")
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"--pretrained_model_name_or_path: expected a Stable Diffusion pipeline (hub id or folder), "
-            f"{pretrained_model_name_or_path!r} could not be loaded: {str(error).splitlines()[0]}"
+            f"--pretrained_model_name_or_path: expected a Stable Diffusion pipeline (hub id, folder, or .safetensors file), "
+            f"{source!r} could not be loaded: {one_line(error)[:400]}{_variant_hint(source, variant)}"
         ) from error
-    for model in (text_encoder, vae, unet):
+    tokenizer, text_encoder, vae, unet = parts
+    _limit_tokenizer(tokenizer, text_encoder)
+    for model in (text_encoder.to(weight_dtype), vae, unet.to(weight_dtype)):
         model.requires_grad_(False)
         model.to(device)
     for model in (vae, unet):
         model.to(memory_format=torch.channels_last)
-    return noise_scheduler, tokenizer, text_encoder, vae, unet
+    return latent_scheduler(scheduler_config), tokenizer, text_encoder, vae, unet
+
+
+def latent_scheduler(config: dict) -> DDPMScheduler:
+    """A DDPMScheduler by the configuration of any scheduler of a Stable Diffusion pipeline, for training and rollouts.
+
+    The configuration of a PNDM, Euler or DPM++ scheduler says nothing of `clip_sample`, which DDPM and DDIM would then
+    switch on; latents are not pixels, and leave [-1, 1]. `steps_offset` is what the pipeline itself sets.
+    """
+    return DDPMScheduler.from_config(config, clip_sample=False, thresholding=False, steps_offset=1)
+
+
+def _load_folder(source: str, revision: str | None, variant: str | None) -> list:
+    options = {"revision": revision, "variant": variant}
+    tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision, subfolder="tokenizer")
+    models = [
+        load_strictly(model.from_pretrained, source, subfolder=subfolder, **options)
+        for model, subfolder in (
+            (CLIPTextModel, "text_encoder"),
+            (AutoencoderKL, "vae"),
+            (UNet2DConditionModel, "unet"),
+        )
+    ]
+    return [tokenizer, *models]
+
+
+def _load_single_file(source: str) -> StableDiffusionPipeline:
+    if not Path(source).is_file():
+        raise ValueError("there is no such file.")
+    try:
+        return StableDiffusionPipeline.from_single_file(
+            source, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    except Exception as error:  # of many kinds: safetensors, keys that do not fit, network
+        raise ValueError(
+            f"{one_line(error)[:200]} A single file holds no configurations: diffusers takes those of the hub's model of its "
+            "kind, from the hub or from the cache of an earlier download."
+        ) from error
+
+
+def _check_configs(source: str, revision: str | None) -> None:
+    """Raises ValueError for another family's pipeline, or parts that do not fit each other, before a weight is read."""
+    try:
+        name = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name", "")
+    except OSError:  # a folder with the parts alone
+        name = "StableDiffusionPipeline"
+    if not name.startswith("StableDiffusion") or name in OTHER_SCRIPTS:
+        script = OTHER_SCRIPTS.get(name)
+        raise ValueError(f"it is a {name}{f', for {script}' if script else ''}.")
+    unet = UNet2DConditionModel.load_config(source, revision=revision, subfolder="unet")
+    vae = AutoencoderKL.load_config(source, revision=revision, subfolder="vae")
+    text_encoder = CLIPTextConfig.from_pretrained(source, revision=revision, subfolder="text_encoder")
+    if unet["in_channels"] != vae["latent_channels"]:
+        raise ValueError(
+            f"its U-Net takes {unet['in_channels']} channels where its VAE has {vae['latent_channels']}: an inpainting or "
+            "another image-conditioned model, for which there is no script here."
+        )
+    if unet["cross_attention_dim"] != text_encoder.hidden_size:
+        raise ValueError(
+            f"its U-Net attends to embeddings of {unet['cross_attention_dim']} numbers, and its text encoder gives "
+            f"{text_encoder.hidden_size}."
+        )
+
+
+def _limit_tokenizer(tokenizer, text_encoder) -> None:
+    """The text encoder's positions are the limit where a tokenizer names none, or a larger one.
+
+    Raises ValueError for a tokenizer with more tokens than the text encoder embeds.
+    """
+    config = text_encoder.config
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"--pretrained_model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the text encoder embeds "
+            f"{config.vocab_size}: they are of different models, or tokens were added without resizing the embeddings."
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+
+
+def _variant_hint(source: str, variant: str | None) -> str:
+    if variant is None and (found := sorted(Path(source).glob("*/*.fp16.safetensors"))):
+        return f" It holds {found[0].parent.name}/{found[0].name}: give --variant fp16."
+    return ""
 
 
 def compile_models(unet: torch.nn.Module, decoder: torch.nn.Module, backend: str = "inductor") -> None:
@@ -60,7 +161,7 @@ def load_tiny_vae(pretrained_model_name_or_path: str, vae: AutoencoderKL) -> Aut
     """A frozen AutoencoderTiny (TAESD) in fp32 beside `vae`. Raises ValueError, in one line, unless it decodes the
     latents of `vae`."""
     try:
-        tiny_vae = AutoencoderTiny.from_pretrained(pretrained_model_name_or_path)
+        tiny_vae = load_strictly(AutoencoderTiny.from_pretrained, pretrained_model_name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--tiny_vae_name_or_path: expected an AutoencoderTiny (hub id or folder), {pretrained_model_name_or_path!r} "
@@ -118,6 +219,11 @@ def check_sizes(noise_scheduler, vae, unet, tmax: int, resolution: int, decode_s
         raise ValueError(f"--decode_size must be a multiple of {factor} up to the resolution, got {decode_size}")
 
 
+def scale_latents(latents: torch.Tensor, vae) -> torch.Tensor:
+    """From the VAE's own latents to those that the U-Net sees; `acpo_utils.late_step.decode_latents` is the way back."""
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
 @torch.no_grad()
 def encode_images(batch: dict, vae: AutoencoderKL, generator: torch.Generator | None) -> torch.Tensor:
     """Latents (B, 4, h, w) as the U-Net sees them, a sample of the VAE's posterior.
@@ -130,7 +236,7 @@ def encode_images(batch: dict, vae: AutoencoderKL, generator: torch.Generator | 
     else:
         posterior = vae.encode(batch["pixel_values"]).latent_dist
     mean, std = posterior.mean, posterior.std  # (B, 4, h, w)
-    return (mean + std * batch_randn(mean.shape, generator, mean.device, mean.dtype)) * vae.config.scaling_factor
+    return scale_latents(mean + std * batch_randn(mean.shape, generator, mean.device, mean.dtype), vae)
 
 
 @torch.no_grad()
