@@ -88,10 +88,11 @@ def read_run_state(checkpoint: str | Path) -> dict:
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, accelerator=None) -> Path | None:
     """The checked checkpoint folder to resume from, or None if `resume_from_checkpoint` is None.
 
-    `resume_from_checkpoint` is "latest" (the highest checkpoint-N of `output_dir`), the name of a folder in
-    `output_dir`, or a path. Raises ValueError if there is none, or if a file of it is missing or damaged: a run that
-    was asked to resume never starts anew in silence. A new run may not begin among the checkpoints of an older one
-    either: a later "latest" could mean one of those. Without an `accelerator` the run is one plain process.
+    `resume_from_checkpoint` is "latest" (the highest checkpoint-N of `output_dir`; without any a new run begins, which is
+    said, so that one command serves the first start and every later one), the name of a folder in `output_dir`, or a path.
+    Raises ValueError if the one that was named is not there, or if a file of it is missing or damaged. A new run may not
+    begin among the checkpoints of an older one either: a later "latest" could mean one of those. Without an
+    `accelerator` the run is one plain process.
     """
     if resume_from_checkpoint is None:
         if leftovers := _checkpoints(output_dir):
@@ -102,10 +103,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
         return None
     if resume_from_checkpoint == "latest":
         if not (candidates := _checkpoints(output_dir)):
-            raise ValueError(
-                f"--resume_from_checkpoint latest: expected checkpoint-N folders in {output_dir}, found none. "
-                "Leave the flag out to start a new run."
-            )
+            logger.warning(f"--resume_from_checkpoint latest: no checkpoint-N in {output_dir} yet, a new run begins.")
+            return None
         path = candidates[-1]
     else:
         inside, path = Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)
@@ -156,24 +155,36 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None, 
     return path
 
 
-def catch_sigterm(accelerator) -> None:
-    """From now on SIGTERM, in any process, makes `accelerator.check_trigger()` true in all of them, at the same step."""
-    signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
+def catch_signals(accelerator) -> None:
+    """From now on SIGTERM, by which schedulers say that a machine is about to be taken away, and Ctrl-C, in any process,
+    make `accelerator.check_trigger()` true in all of them, at the same step. A second Ctrl-C ends the process at once."""
+
+    def stop(number: int, frame) -> None:
+        accelerator.set_trigger()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            logger.warning("Ctrl-C: a checkpoint is saved after this step. Once more ends the run at once.")
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
 
 
-def release_sigterm() -> None:
-    """SIGTERM ends the process at once again."""
+def release_signals() -> None:
+    """SIGTERM and Ctrl-C end the process at once again."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def checkpoint_or_stop(accelerator, output_dir: str | Path, step: int, due: bool, total_limit: int | None) -> None:
-    """Saves a checkpoint if one is due. After a SIGTERM saves one in any case, closes the trackers and exits with 143,
-    a shell's status for SIGTERM, so that no script takes the run as done. To be called by every process."""
+    """Saves a checkpoint if one is due. After a SIGTERM or Ctrl-C saves one in any case, closes the trackers and exits with
+    143, a shell's status for SIGTERM, so that no script takes the run as done. To be called by every process."""
     stopping = accelerator.check_trigger()
     if due or stopping:
         save_checkpoint(accelerator, output_dir, step, total_limit)
     if stopping:
         accelerator.end_training()
         if accelerator.is_main_process:
-            logger.warning(f"Stopped by SIGTERM after step {step}: --resume_from_checkpoint latest goes on from here.")
+            logger.warning(
+                f"Stopped by a signal after step {step}: --resume_from_checkpoint latest goes on from here."
+            )
         sys.exit(128 + signal.SIGTERM)

@@ -1,15 +1,18 @@
 """The model card of a trained folder, and its upload to the Hugging Face hub."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from acpo_utils.files import atomic_write
+from acpo_utils.files import atomic_write, one_line
 from acpo_utils.lora import LORA_NAME
 
 
+logger = logging.getLogger(__name__)
 IGNORE_PATTERNS = [
     "checkpoint-*",
     "best/*",
+    "previous-*/*",
     "stage-*/*.safetensors",
     ".*",
     "*.tmp",
@@ -93,6 +96,26 @@ def _is_local(name: str) -> bool:
 
 def _cell(value) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def check_login(token: str | None = None) -> None:
+    """Raises ValueError if the hub takes no upload by `token`, or by the one of `hf auth login`; before hours of training.
+
+    A hub that is out of reach now may be there when the training ends: that is a warning.
+    """
+    from huggingface_hub import get_token, whoami
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not (token or get_token()):
+        raise ValueError("--push_to_hub needs a token: `hf auth login`, or --hub_token")
+    try:
+        whoami(token)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise ValueError(f"--push_to_hub: the hub does not take the token ({one_line(error)[:200]})") from error
+        logger.warning(f"--push_to_hub: the hub is out of reach now ({one_line(error)[:200]})")
+    except Exception as error:  # of many kinds: no network, offline mode
+        logger.warning(f"--push_to_hub: the hub is out of reach now ({one_line(error)[:200]})")
 
 
 def push_to_hub(

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from acpo_utils import check_min_version, data, ddpm, late_step, losses
 from acpo_utils.anchor import base_prediction
-from acpo_utils.checkpoints import catch_sigterm, checkpoint_or_stop, release_sigterm
+from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, release_signals
 from acpo_utils.ddpm import SAMPLERS
 from acpo_utils.evaluation.sampling import sample_unconditional
 from acpo_utils.evaluation.unconditional import compare_unconditional_models, split_judges
@@ -204,7 +204,8 @@ def parse_args(input_args=None):
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=0.0, help="0 is Adam, as in the paper; from scratch 1e-6")
     add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
+    add("--max_grad_norm", type=float, default=1.0, help="0: no clipping")
     add("--use_ema", action="store_true", help="sample and save the moving average of the weights")
     add("--ema_inv_gamma", type=float, default=1.0)
     add("--ema_power", type=float, default=3 / 4)
@@ -473,7 +474,7 @@ def main(args):
         total=args.max_train_steps,
         disable=not accelerator.is_local_main_process,
     )
-    catch_sigterm(accelerator)
+    catch_signals(accelerator)
     batches = iter(dataloader)
     for step in progress:
         for micro_step in range(args.gradient_accumulation_steps):
@@ -508,7 +509,7 @@ def main(args):
         unet = accelerator.unwrap_model(unet).eval()
         with ema_weights(ema, parameters):
             save_model(unet, noise_scheduler, args)
-            release_sigterm()  # what follows can be had again
+            release_signals()  # what follows can be had again
             held_out = held_out and data.to_tensor(held_out, args.resolution)  # (M, 3, H, W) in [0, 1]
             events = {"skipped_steps": run.skipped_steps}
             finish(unet, base_unet, noise_scheduler, evaluator, judges, held_out, events, args)

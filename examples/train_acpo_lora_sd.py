@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from acpo_utils import check_min_version, data, late_step, losses, stable_diffusion
 from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
-from acpo_utils.checkpoints import catch_sigterm, checkpoint_or_stop, release_sigterm
+from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, release_signals
 from acpo_utils.evaluation.comparison import compare_models
 from acpo_utils.evaluation.sampling import sample_images
 from acpo_utils.evaluators import check_evaluator, guide_parts, load_guide, load_judges, part_scores
@@ -209,7 +209,8 @@ def parse_args(input_args=None):
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=0.0, help="0 is Adam, as in the paper")
     add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
+    add("--max_grad_norm", type=float, default=1.0, help="0: no clipping")
     add("--mixed_precision", choices=["no", "fp16", "bf16"])
     add("--allow_tf32", action="store_true")
     add("--torch_compile", action="store_true", help="the U-Net and the decoder, at the first step: minutes")
@@ -476,7 +477,7 @@ def main(args):
         total=args.max_train_steps,
         disable=not accelerator.is_local_main_process,
     )
-    catch_sigterm(accelerator)
+    catch_signals(accelerator)
     for step in progress:
         anchor_weight = anchor_budget.weight
         for micro_step in range(args.gradient_accumulation_steps):
@@ -512,7 +513,7 @@ def main(args):
             unet = accelerator.unwrap_model(unet)
             alarm.restore_best(unet)
             save_lora(unet, args.output_dir)
-            release_sigterm()  # what follows can be had again
+            release_signals()  # what follows can be had again
             pipeline = stable_diffusion.build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
             scorers = guide_parts(evaluator) | judges
             events = {"skipped_steps": run.skipped_steps, "hacking_alarms": alarm.alarms}

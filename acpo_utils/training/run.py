@@ -1,5 +1,6 @@
 """How every training run begins, is resumed and survives a step that went wrong: the same in all scripts."""
 
+import itertools
 import json
 import logging
 import os
@@ -9,12 +10,32 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from filelock import FileLock, Timeout
 from torchvision.utils import save_image
 
 from acpo_utils.checkpoints import find_checkpoint
 from acpo_utils.files import atomic_write
+from acpo_utils.hub import check_login
 from acpo_utils.sharding import configure_sharding
 from acpo_utils.training.run_state import RunState
+
+
+logger = logging.getLogger(__name__)
+LOCKS: dict[str, FileLock] = {}  # of this process
+# What a run leaves in its folder, beside checkpoints and logs, which other rules are for.
+RESULTS = (
+    "args.json",
+    "metrics.json",
+    "README.md",
+    "pytorch_lora_weights.safetensors",
+    "comparison.png",
+    "samples.png",
+    "scatter*.png",
+    "validation",
+    "samples",
+    "best",
+    "stage-*",
+)
 
 
 def start_run(args, sharding: tuple[DistributedType, ...] = ()) -> tuple[Accelerator, RunState]:
@@ -41,6 +62,7 @@ def start_run(args, sharding: tuple[DistributedType, ...] = ()) -> tuple[Acceler
         # The others wait while the first process samples and scores, which may take longer than NCCL's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    _check_request(accelerator, args)
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # not DeepSpeed's launcher's
     configure_sharding(accelerator, args, sharding)
     _check_processes(accelerator)
@@ -54,14 +76,66 @@ def start_run(args, sharding: tuple[DistributedType, ...] = ()) -> tuple[Acceler
         os.makedirs(args.output_dir, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
+    if accelerator.is_main_process:
+        _lock(Path(args.output_dir))
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     run = RunState(accelerator, args, checkpoint)
+    if checkpoint is None and accelerator.is_main_process:
+        _set_aside(Path(args.output_dir), args)
     try:
         with atomic_write(Path(args.output_dir, "args.json")) as temporary:
             temporary.write_text(json.dumps({k: v for k, v in vars(args).items() if k != "hub_token"}, indent=2))
     except OSError as error:
         raise ValueError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}") from error
     return accelerator, run
+
+
+def _check_request(accelerator, args) -> None:
+    """What would fail after hours of training is refused now."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU, and none was found: use bf16, or no.")
+    if args.report_to not in ("none", "all") and not accelerator.log_with:
+        raise ValueError(
+            f"--report_to {args.report_to} is not installed: pip install {args.report_to}, or give another."
+        )
+    if args.push_to_hub and accelerator.is_main_process:
+        check_login(args.hub_token)
+
+
+def _lock(output_dir: Path) -> None:
+    """Until this process ends, however it ends, no other run can begin in `output_dir`."""
+    lock = FileLock(output_dir.resolve() / ".lock")
+    if lock.lock_file in LOCKS:
+        return
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"--output_dir {output_dir}: another run is writing there now. Choose another one."
+        ) from error
+    except (OSError, NotImplementedError) as error:  # a file system that knows no locks
+        logger.warning(f"--output_dir {output_dir} cannot be locked ({error}): let no other run write there.")
+    LOCKS[lock.lock_file] = lock
+
+
+def _set_aside(output_dir: Path, args) -> None:
+    """The results of an earlier run go to `output_dir/previous-N`, so that they do not stand beside the new one's."""
+    if not (output_dir / "args.json").is_file():  # whatever lies there is of no run
+        return
+    inputs = [value for value in vars(args).values() if isinstance(value, str) and value != args.output_dir]
+    kept = {Path(value.rpartition(":")[2]).resolve() for value in inputs}
+    if output_dir.resolve() in kept:  # the run begins from what lies there
+        return
+    found = sorted(path for pattern in RESULTS for path in output_dir.glob(pattern) if path.resolve() not in kept)
+    if not found:
+        return
+    target = next(folder for n in itertools.count(1) if not (folder := output_dir / f"previous-{n}").exists())
+    target.mkdir()
+    for path in found:
+        os.replace(path, target / path.name)
+    logger.warning(
+        f"{output_dir} holds the results of an earlier run ({found[0].name}, ...): they are now in {target}."
+    )
 
 
 def _check_processes(accelerator) -> None:

@@ -142,10 +142,10 @@ class RunState:
     def clip_grad_norm(self, optimizer, parameters: list, max_grad_norm: float, step: int) -> float:
         """Clips the gradients of `step` and returns their norm; they are dropped, and counted, if it is not finite.
 
-        Raises FloatingPointError at the tenth such step in a row.
+        A `max_grad_norm` of 0 clips nothing. Raises FloatingPointError at the tenth such step in a row.
         """
         accelerator = self.accelerator
-        norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))  # DeepSpeed gives no tensor
+        norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))  # DeepSpeed gives no tensor
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             return norm
