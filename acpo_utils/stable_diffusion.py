@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from accelerate.utils import compare_versions
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -18,6 +19,8 @@ from acpo_utils.files import load_strictly, one_line
 from acpo_utils.randomness import batch_randn
 
 
+# What from_pretrained of diffusers calls it: "dtype" is unknown before 0.40, "torch_dtype" warns since.
+DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40.0") else "torch_dtype"
 # Another family's pipeline, and the script that is made for it.
 OTHER_SCRIPTS = {
     "DDPMPipeline": "train_acpo_ddpm.py",
