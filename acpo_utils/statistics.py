@@ -27,22 +27,22 @@ def paired_comparison(
 
     Args:
         base: (n,) scores of the base model, any range. finetuned: (n,) scores of the fine-tuned one, in the same
-            order. n >= 2.
+            order. n >= 1.
     Returns:
         `n`; `base_mean`, `finetuned_mean`; `mean_difference` (fine-tuned minus base, whichever is better);
         `std_difference` (of the n differences, with n - 1); `t` and `p` (scipy.stats.ttest_rel); `win_rate`, the
         share of prompts on which the fine-tuned model is strictly better (higher, or lower if `lower_is_better`);
         `tie_rate`, the share of equal scores, which count for neither side. When all the differences are equal there
-        is no t-test: `t` and `p` are nan.
+        is no t-test: `t` and `p` are nan, and of a single prompt `std_difference` too.
     Raises:
-        ValueError: for different lengths, fewer than two values, or a value that is not finite.
+        ValueError: for different lengths, no values, or a value that is not finite.
     """
-    base, finetuned = _pair(base, finetuned, ("base", "finetuned"), least=2)
+    base, finetuned = _pair(base, finetuned, ("base", "finetuned"), least=1)
     difference = finetuned - base
     # Equal differences leave rounding errors of 1e-16 that would make t astronomically large.
     rounding = np.finfo(np.float64).eps * 4 * max(np.abs(base).max(), np.abs(finetuned).max())
     if np.ptp(difference) <= rounding:
-        std, t, p = 0.0, float("nan"), float("nan")
+        std, t, p = 0.0 if len(difference) > 1 else float("nan"), float("nan"), float("nan")
     else:
         std = difference.std(ddof=1)
         t, p = stats.ttest_rel(finetuned, base)

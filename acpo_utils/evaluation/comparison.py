@@ -10,7 +10,7 @@ from acpo_utils.anchor import without_adapter
 from acpo_utils.evaluation.denoising_error import prediction_drift
 from acpo_utils.evaluation.grids import comparison_picture
 from acpo_utils.evaluation.sampling import sample_images, score_images
-from acpo_utils.evaluation.table import comparison_table
+from acpo_utils.evaluation.table import comparison_table, finite_numbers
 from acpo_utils.files import atomic_write
 from acpo_utils.statistics import paired_comparison
 
@@ -32,7 +32,7 @@ def compare_models(
 
     Args:
         pipeline: a Stable Diffusion pipeline whose U-Net has a LoRA, which is switched on before and after.
-        prompts: n strings, n >= 2; of an empty list nothing is sampled and nothing is written.
+        prompts: n strings; of an empty list nothing is sampled and nothing is written.
         scorers: evaluators by name, each a row of the table; None is left out. The first one's scores stand under the
             pictures, so it should be the guide.
         device: where the evaluators are. events: what else of the run belongs into metrics.json, by name.
@@ -70,7 +70,7 @@ def compare_models(
     metrics = {"comparisons": comparisons, "num_prompts": len(prompts)} | events
     metrics["sets"] = {"drift": [drift.mean().item(), drift_std]}
     with atomic_write(output_dir / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2))
+        temporary.write_text(json.dumps(finite_numbers(metrics), indent=2))
     comparison_picture(output_dir / "comparison.png", base_images, images, prompts, guide_scores)
     table = comparison_table(comparisons)
     table += f"\n\nDrift (eq. 7 on noised samples of the base model, all timesteps): {drift.mean():.3g}"

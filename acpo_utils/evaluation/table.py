@@ -96,12 +96,25 @@ def evaluation_notes(results: dict) -> str:
     return "".join(f"\n{line}\n" for line in lines)
 
 
+def finite_numbers(value):
+    """`value`, of dictionaries and lists, as JSON can hold it: None for what is not a finite number."""
+    if isinstance(value, dict):
+        return {name: finite_numbers(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_numbers(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def comparison_table(comparisons: dict[str, dict]) -> str:
-    """A markdown table, one row per metric, of what `paired_comparison` returned."""
+    """A markdown table, one row per metric, of what `paired_comparison` returned; a dash where there is no test."""
+
+    def number(value: float, form: str) -> str:
+        return format(value, form) if math.isfinite(value) else "–"
+
     lines = ["| metric | base | fine-tuned | difference | t | p | win rate | n |", "|---|---|---|---|---|---|---|---|"]
     for name, row in comparisons.items():
         lines.append(
             f"| {name} | {row['base_mean']:.4f} | {row['finetuned_mean']:.4f} | {row['mean_difference']:+.4f} "
-            f"| {row['t']:.2f} | {row['p']:.2g} | {100 * row['win_rate']:.1f} % | {row['n']} |"
+            f"| {number(row['t'], '.2f')} | {number(row['p'], '.2g')} | {100 * row['win_rate']:.1f} % | {row['n']} |"
         )
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from acpo_utils.evaluation.diversity import DIVERSITY, lpips_diversity
 from acpo_utils.evaluation.grids import comparison_picture
 from acpo_utils.evaluation.sampling import sample_unconditional, score_images
 from acpo_utils.evaluation.set_metrics import EFFICIENTNET_KID, efficientnet_kid
-from acpo_utils.evaluation.table import comparison_table
+from acpo_utils.evaluation.table import comparison_table, finite_numbers
 from acpo_utils.evaluators.efficientnet import check_batch
 from acpo_utils.evaluators.loading import load_evaluator
 from acpo_utils.files import atomic_write
@@ -216,7 +216,7 @@ def compare_unconditional_models(
         comparison_picture(output_dir / picture, base_images, images, titles, guide_scores)
     metrics = {"num_images": num_images} | events | numbers
     with atomic_write(output_dir / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2))
+        temporary.write_text(json.dumps(finite_numbers(metrics), indent=2))
     print(f"\n{table}\n\nThe picture, the numbers and the pipeline are in {output_dir.resolve()}")
     return table, [picture]
 

@@ -1,29 +1,26 @@
-"""What a training needs, said before it starts: memory by part, seconds, and flags that save where it does not fit.
+"""What memory a training needs, said before it starts: by part, and flags that save where it does not fit.
 
-Not counted: the CUDA context and what libraries and the allocator take beside the tensors (a GiB or two), the text encoder's
-FLOP, sampling for validation, and a guide or judge whose weights no torch.nn.Module shows.
+Not counted: the CUDA context and what libraries and the allocator take beside the tensors (a GiB or two), sampling for
+validation, and a guide or judge whose weights no torch.nn.Module shows. How long a step takes the progress bar says.
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import psutil
 import torch
 
-from acpo_utils.late_step import decode_latents
 from acpo_utils.sharding import WEIGHT_DTYPES
-from acpo_utils.stable_diffusion import latent_factor, latents_shape
-from acpo_utils.training.step_cost import Meter, StepCost, taesd
+from acpo_utils.stable_diffusion import latent_factor
+from acpo_utils.training.step_cost import StepCost, taesd
 
 
 logger = logging.getLogger(__name__)
-SLOW = 0.1  # seconds, after which a larger size is not timed too
 
 
 def log_estimate(accelerator, training_step, models, evaluator, judges, noise_scheduler, guide_inputs, args) -> None:
-    """Logs, on the main process, the memory and the time of the training that is about to start. It never ends a run.
+    """Logs, on the main process, the memory of the training that is about to start. It never ends a run.
 
     Args:
         models: (unet with its LoRA, vae, decoder, text_encoder). evaluator: the guide or None. judges: by name.
@@ -44,15 +41,15 @@ def log_estimate(accelerator, training_step, models, evaluator, judges, noise_sc
             logger.info(memory_table(memory, available, args))
             if sum(memory.values()) > available:
                 logger.warning(advice(step_cost, scorers, available, args))
-            if args.torch_compile:
-                return  # timing would compile for sizes that the training does not use
-            seconds, flop = step_time(step_cost, args)
-            logger.info(
-                f"Time, estimated: {flop / 1e12:.3g} TFLOP and {seconds:.2g} s a step, "
-                f"{args.max_train_steps * seconds / 60:.2g} minutes for {args.max_train_steps} steps"
-            )
+            if args.balance_steps and args.gradient_checkpointing:
+                whole = SimpleNamespace(**vars(args) | {"gradient_checkpointing": False})
+                more = sum(memory_parts(step_cost, scorers, whole).values()) - sum(memory.values())
+                logger.info(
+                    f"  and up to {max(more, 0) / 2**20:,.1f} MiB more at each of --balance_steps, where several backward "
+                    "passes keep what is checkpointed; --balance_steps 0 leaves them out"
+                )
     except Exception as error:  # what this cannot run may train all the same
-        logger.warning(f"No estimate of memory and time: {type(error).__name__}: {error}")
+        logger.warning(f"No estimate of memory: {type(error).__name__}: {error}")
 
 
 def memory_parts(step_cost: StepCost, scorers: dict[str, list], args: SimpleNamespace) -> dict[str, float]:
@@ -146,40 +143,3 @@ def advice(step_cost: StepCost, scorers: dict[str, list], available: float, args
                 break
     lines.append("Together these fit:" if least <= available else "All of this together would still not fit:")
     return "\n".join([*lines, f"  {least / 2**20:10,.1f} MiB  {words(taken)}"])
-
-
-def step_time(step_cost: StepCost, args: SimpleNamespace) -> tuple[float, float]:
-    """(seconds, FLOP) of an optimizer step, at the rates at which U-Net and decoder run here, forward."""
-    unet, vae, decoder, text_encoder = step_cost.models
-    (rows, channels, side, _), text = latents_shape(vae, args.train_batch_size, args.resolution), text_encoder.config
-    like = {"device": step_cost.device, "dtype": WEIGHT_DTYPES.get(args.mixed_precision)}
-
-    def predict(rows: int, side: int) -> torch.Tensor:
-        embeds = torch.zeros(rows, text.max_position_embeddings, text.hidden_size, **like)
-        timesteps = torch.zeros(rows, dtype=torch.long, device=step_cost.device)
-        return unet(torch.zeros(rows, channels, side, side, **like), timesteps, embeds, return_dict=False)[0]
-
-    def decode(rows: int, side: int) -> torch.Tensor:
-        return decode_latents(decoder, torch.zeros(rows, channels, side, side, device=step_cost.device))
-
-    small = (1, min(side, max(side // 4, 8)))
-    _, flop, guide_seconds = step_cost(args)
-    unet_flop = sum(count for part, count in flop.items() if part.startswith("U-Net"))
-    seconds = guide_seconds + unet_flop / flop_rate(predict, small, (rows, side))
-    if rest := sum(flop.values()) - unet_flop - flop.get("guide", 0):
-        seconds += rest / flop_rate(decode, small, (1, side))
-    return args.gradient_accumulation_steps * seconds, args.gradient_accumulation_steps * sum(flop.values())
-
-
-@torch.no_grad()
-def flop_rate(run: Callable[[int, int], torch.Tensor], *sizes: tuple[int, int]) -> float:
-    """FLOP a second of `run(*size)`, at the last of `sizes` unless an earlier one is slow."""
-    for size in sizes:
-        with Meter() as meter:
-            run(*size).cpu()  # the first run, not timed, warms up; cpu() waits for the device
-        start = time.perf_counter()
-        run(*size).cpu()
-        seconds = time.perf_counter() - start
-        if seconds > SLOW:
-            break
-    return meter.flop / seconds

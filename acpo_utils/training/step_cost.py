@@ -8,7 +8,6 @@ script's own `training_step` runs with stand-ins that take as much: it alone say
 import copy
 import functools
 import itertools
-import time
 import weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -67,34 +66,34 @@ def _by_storage(tensors) -> dict[int, torch.Tensor]:
 
 
 class Cost(NamedTuple):
-    """Of one row of a batch: bytes kept for the backward pass, bytes more at the peak, FLOP, and seconds."""
+    """Of one row of a batch: bytes kept for the backward pass, bytes more at the peak, and FLOP."""
 
     kept: float
     passing: float
     forward: float
     backward: float
-    seconds: float
 
 
 def cost_of(run) -> Cost:
     """Of `run()`, which returns a tensor (rows, ...), and of its backward pass if it has one."""
     with Meter() as meter:
-        start, seconds = time.perf_counter(), 0.0
         out = run()
         kept, forward = meter.alive, meter.flop
         if out.requires_grad:
             out.float().sum().backward()
-        if type(out) is torch.Tensor:  # not of a fake one, where the seconds mean nothing
-            out.detach().cpu()  # waits for the device
-            seconds = time.perf_counter() - start
-    return Cost(*(n / len(out) for n in (kept, meter.peak - kept, forward, meter.flop - forward, seconds)))
+    return Cost(
+        kept=kept / len(out),
+        passing=(meter.peak - kept) / len(out),
+        forward=forward / len(out),
+        backward=(meter.flop - forward) / len(out),
+    )
 
 
 class _Ledger:
-    """What the stand-ins have taken so far: by part the bytes `held` and the FLOP; the `peak` of bytes, and seconds."""
+    """What the stand-ins have taken so far: by part the bytes `held` and the FLOP, and the `peak` of bytes."""
 
     def __init__(self):
-        self.held, self.flop, self.peak, self.seconds = Counter(), Counter(), 0.0, 0.0
+        self.held, self.flop, self.peak = Counter(), Counter(), 0.0
 
     def spend(self, part: str, shape, cost: Cost, *inputs: torch.Tensor) -> torch.Tensor:
         """An empty fp32 tensor of `shape` (rows, ...), which costs `cost` a row, and its backward pass too."""
@@ -107,7 +106,6 @@ class _Node:
     def __init__(self, ledger: _Ledger, part: str, cost: Cost):
         self.ledger, self.part, self.cost = ledger, part, cost
         ledger.held[part] += cost.kept
-        ledger.seconds += cost.seconds
         self.run(cost.forward)
 
     def run(self, flop: float) -> None:
@@ -145,8 +143,8 @@ class StepCost:
         self.scheduler, self.fake_mode = noise_scheduler, FakeTensorMode(allow_non_fake_inputs=True)
         self.copies, self.costs = {}, {}
 
-    def __call__(self, args: SimpleNamespace) -> tuple[dict[str, float], dict[str, float], float]:
-        """{part: bytes}, whose sum is needed at a time, {part: FLOP}, and the seconds of the guide."""
+    def __call__(self, args: SimpleNamespace) -> tuple[dict[str, float], dict[str, float]]:
+        """{part: bytes}, whose sum is needed at a time, and {part: FLOP}."""
         half, ledger, passes = WEIGHT_DTYPES.get(args.mixed_precision), _Ledger(), itertools.count(1)
         unet, vae = self._fake(self.models[0], half or torch.float32), self._fake(self.models[1])
         decoder = vae if self.models[2] is self.models[1] else self._fake(self.models[2])
@@ -224,7 +222,7 @@ class StepCost:
         )
         kept = dict(ledger.held)
         loss.backward()
-        return kept | {"passing": ledger.peak - sum(kept.values())}, dict(ledger.flop), ledger.seconds
+        return kept | {"passing": ledger.peak - sum(kept.values())}, dict(ledger.flop)
 
     def _fake(self, model: torch.nn.Module, frozen_dtype: torch.dtype | None = None) -> torch.nn.Module:
         """A copy of `model` on fake tensors on the device; those that are not trained in `frozen_dtype`, if given."""
