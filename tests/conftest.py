@@ -20,6 +20,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """What `-n auto` means here: two processes, or so many as PYTEST_XDIST_AUTO_NUM_WORKERS; for one file, this one.
+
+    One for each core would be wrong in a container, where the cores that are counted are not those that may be used. And
+    each process imports torch and diffusers, which takes as long as many a file.
+    """
+    if len(config.args) == 1 and ".py" in config.args[0]:
+        return 0
+    return int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", 2))
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> str:
     """A Stable Diffusion folder of real classes at a tiny size, with random weights."""

@@ -4,6 +4,7 @@ import ast
 import configparser
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +91,23 @@ def test_every_import_is_a_named_requirement(setup_cfg):
                     if name.replace("-", "_").lower() not in requirements:
                         unnamed.add(f"{file.relative_to(REPOSITORY)}: {module}")
     assert not unnamed
+
+
+def test_all_of_acpo_utils_is_in_the_package(setup_cfg):
+    """Folders with modules are packages, and what is no module is named as package data."""
+    package = REPOSITORY / "acpo_utils"
+    assert setup_cfg["options"]["packages"] == "find:"
+    patterns = lines(setup_cfg["options.package_data"]["acpo_utils"])
+    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert package / "py.typed" in files
+    assert not [path for path in files if path.suffix == ".py" and not (path.parent / "__init__.py").is_file()]
+    data = {path.relative_to(package) for path in files if path.suffix != ".py"}
+    assert not {path for path in data if not any(path in package_data(package, pattern) for pattern in patterns)}
+    assert all(package_data(package, pattern) for pattern in patterns), "a pattern that matches nothing"
+
+
+def package_data(package: Path, pattern: str) -> set[Path]:
+    return {path.relative_to(package) for path in package.glob(pattern)}
 
 
 @pytest.mark.parametrize("name", ["main", "test"])
