@@ -33,12 +33,13 @@ from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, release_si
 from acpo_utils.ddpm import SAMPLERS
 from acpo_utils.evaluation.sampling import sample_unconditional
 from acpo_utils.evaluation.unconditional import compare_unconditional_models, split_judges
-from acpo_utils.evaluators import check_evaluator, guide_parts, load_guide, part_scores
+from acpo_utils.evaluators import guide_parts, guide_score, load_guide, part_scores
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.training.arguments import check_numbers, check_objective, is_due, read_demo_settings
 from acpo_utils.training.ema import ema_weights, register_ema_hooks
 from acpo_utils.training.gradient_balance import GradientBalance
+from acpo_utils.training.guide_check import check_guide
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, start_run, use_all_cpus
 
@@ -71,7 +72,9 @@ def training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator,
             backprop_steps=args.late_backprop_steps,
         )
         images = (z0 / 2 + 0.5).clamp(0, 1)  # (B, 3, H, W) in [0, 1]  x_hat, with no D to decode by (eq. 5)
-        scores = evaluator.score(images, None)  # (B,) in (0, 1)  Q(x_hat)
+        scores, score_parts = guide_score(  # (B,) in (0, 1)  Q(x_hat)
+            evaluator, images, None, args.guide_perturbation, args.guide_clean_weight
+        )
         loss_quality = losses.quality_loss(scores)  # L_quality = mean(1 - Q) (eq. 6)
     if args.anchor_weight:
         loss_anchor = losses.anchor_loss(late_pred, base_pred)  # L_anchor = ||eps_phi - eps_theta||^2 (eq. 7)
@@ -89,7 +92,7 @@ def training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator,
         loss_diffusion, loss_anchor, loss_quality, args.diffusion_weight, args.anchor_weight, args.quality_weight
     )
     if args.quality_weight:
-        terms |= {"score": scores, "late_timesteps": late_timesteps}
+        terms |= {"score": scores, "late_timesteps": late_timesteps} | score_parts
     return loss, terms
 
 
@@ -180,6 +183,10 @@ def parse_args(input_args=None):
     )
     add("--late_steps", type=int, default=1, help="K denoising steps from t to 0; 1 is the one-step estimate")
     add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
+    add(
+        "--guide_perturbation", type=float, default=0.0, help="score x_hat at the worst point so many 255ths away, too"
+    )
+    add("--guide_clean_weight", type=float, default=0.5, help="the clean score's share with --guide_perturbation")
     add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
     add("--balance_steps", type=int, default=100, help="how often each loss's share of the gradient is measured")
     # LoRA, optimizer and EMA
@@ -393,13 +400,6 @@ def build_dataloader(dataset, first_step, num_samples, accelerator, args):
     )
 
 
-def check_guide(evaluator, train_set, device, args):
-    """Two images as the step will score them: the guide has to keep its contract on them."""
-    if args.quality_weight:
-        images = torch.stack([train_set[n]["pixel_values"] for n in range(min(2, len(train_set)))])
-        check_evaluator(evaluator, (images.to(device) / 2 + 0.5).clamp(0, 1))
-
-
 def main(args):
     accelerator, run = start_run(args, sharding=(DistributedType.DEEPSPEED,))
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision != "no":
@@ -457,7 +457,10 @@ def main(args):
     first_step = run.resume()
 
     dataloader = build_dataloader(dataset, first_step, args.max_train_steps * samples_per_step, accelerator, args)
-    check_guide(evaluator, dataloader.dataset, accelerator.device, args)
+    if args.quality_weight:
+        examples = [dataloader.dataset[n]["pixel_values"] for n in range(min(2, len(dataloader.dataset)))]
+        images = (torch.stack(examples).to(accelerator.device) / 2 + 0.5).clamp(0, 1)  # as the step will score them
+        check_guide(evaluator, images, None, args.guide_perturbation)
 
     accelerator.init_trackers("acpo-ddpm", config=settings_of(args))
     logger.info(

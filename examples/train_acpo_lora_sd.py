@@ -17,7 +17,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import SchedulerType
 from diffusers.training_utils import cast_training_params
-from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -27,13 +26,14 @@ from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
 from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, release_signals
 from acpo_utils.evaluation.comparison import compare_models
 from acpo_utils.evaluation.sampling import sample_images
-from acpo_utils.evaluators import check_evaluator, guide_parts, load_guide, load_judges, part_scores
+from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges, part_scores
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.lora import load_lora, read_lora_config, register_lora_hooks, save_lora
-from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator, step_generator
+from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.sharding import SHARDED, WEIGHT_DTYPES, full_weights, prepare
 from acpo_utils.training.arguments import check_numbers, check_objective, is_due, read_demo_settings
 from acpo_utils.training.gradient_balance import GradientBalance
+from acpo_utils.training.guide_check import check_guide, decoded_examples
 from acpo_utils.training.hacking_alarm import HackingAlarm
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
@@ -62,10 +62,11 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
         late_pred = unet(late_latents, late_timesteps, prompt_embeds, return_dict=False)[0]  # (B, 4, h, w)  eps_phi
 
     if args.quality_weight:
+        predict = partial(predict_noise, unet, prompt_embeds, batch["negative_prompt_embeds"], args)
         z0 = late_step.denoise_late_steps(  # (B, 4, h, w)  z_0_hat (eq. 5)
-            partial(predict_noise, unet, prompt_embeds),
+            predict,
             noise_scheduler,
-            model_pred=late_pred,
+            model_pred=predict(late_latents, late_timesteps, late_pred),
             timesteps=late_timesteps,
             noisy_latents=late_latents,
             num_steps=args.late_steps,
@@ -73,10 +74,11 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
         )
         if args.decode == "crop":
             z0 = late_step.crop_latents(z0, args.decode_size // stable_diffusion.latent_factor(vae), generator)
-        images = late_step.decode_latents(
-            decoder, z0, args.decode_batch_size
-        )  # (B, 3, H, W)  x_hat = D(z_0_hat) (eq. 5)
-        scores = evaluator.score(images, batch["prompts"])  # (B,) in (0, 1)  Q(x_hat, c)
+        # x_hat = D(z_0_hat) (eq. 5)
+        images = late_step.decode_latents(decoder, z0, args.decode_batch_size)  # (B, 3, H, W) in [0, 1]
+        scores, score_parts = guide_score(  # (B,) in (0, 1)  Q(x_hat, c)
+            evaluator, images, batch["prompts"], args.guide_perturbation, args.guide_clean_weight
+        )
         loss_quality = losses.quality_loss(scores)  # L_quality = mean(1 - Q) (eq. 6)
     if anchor_weight:
         loss_anchor = losses.anchor_loss(late_pred, base_pred)  # L_anchor = ||eps_phi - eps_theta||^2 (eq. 7)
@@ -94,12 +96,18 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
         loss_diffusion, loss_anchor, loss_quality, args.diffusion_weight, anchor_weight, args.quality_weight
     )
     if args.quality_weight:
-        terms |= {"score": scores, "late_timesteps": late_timesteps}
+        terms |= {"score": scores, "late_timesteps": late_timesteps} | score_parts
     return loss, terms
 
 
-def predict_noise(unet, prompt_embeds, latents, timesteps):
-    return unet(latents, timesteps, prompt_embeds, return_dict=False)[0]
+def predict_noise(unet, prompt_embeds, negative_prompt_embeds, args, latents, timesteps, pred=None):
+    """eps_phi of the scored steps, given or predicted; with --scored_guidance guided, both halves with gradient."""
+    if pred is None:
+        pred = unet(latents, timesteps, prompt_embeds, return_dict=False)[0]
+    if not args.scored_guidance:
+        return pred
+    negative_pred = unet(latents, timesteps, negative_prompt_embeds.expand_as(prompt_embeds), return_dict=False)[0]
+    return negative_pred + args.guidance_scale * (pred - negative_pred)
 
 
 def sample_late_latents(
@@ -178,6 +186,11 @@ def parse_args(input_args=None):
     )
     add("--late_steps", type=int, default=1, help="K denoising steps from t to 0; 1 is the one-step estimate")
     add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
+    add(
+        "--guide_perturbation", type=float, default=0.0, help="score x_hat at the worst point so many 255ths away, too"
+    )
+    add("--guide_clean_weight", type=float, default=0.5, help="the clean score's share with --guide_perturbation")
+    add("--scored_guidance", action="store_true", help="guide the scored step as sampling is guided")
     add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
     add("--balance_steps", type=int, default=100, help="how often each loss's share of the gradient is measured")
     add(
@@ -366,23 +379,6 @@ def build_train_set(dataset, tokenizer, num_samples, vae, text_encoder, weight_d
     return train_set
 
 
-@torch.no_grad()
-def check_guide(evaluator, train_set, vae, decoder, device, args):
-    """Two images as the step will decode them, and their prompts, with which the guide has kept its contract."""
-    if not args.quality_weight:
-        return None
-    batch = data.collate([train_set[n] for n in range(min(2, len(train_set)))])
-    batch = data.to_device(batch, device)
-    generator = step_generator(args.seed)
-    if args.train_prompts:
-        latents = randn_tensor(stable_diffusion.latents_shape(vae, 2, args.resolution), generator, device)
-    else:
-        latents = stable_diffusion.encode_images(batch, vae, generator)
-    images = late_step.decode_latents(decoder, latents)
-    check_evaluator(evaluator, images, batch["prompts"])
-    return images, batch["prompts"]
-
-
 def build_dataloader(train_set, first_step, accelerator, args):
     return DataLoader(
         train_set,
@@ -422,7 +418,10 @@ def main(args):
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     num_samples = args.max_train_steps * samples_per_step
     train_set = build_train_set(dataset, tokenizer, num_samples, vae, text_encoder, weight_dtype, accelerator, args)
-    guide_inputs = check_guide(evaluator, train_set, vae, decoder, accelerator.device, args)
+    guide_inputs = None
+    if args.quality_weight:
+        guide_inputs = decoded_examples(train_set, vae, decoder, accelerator.device, args)
+        check_guide(evaluator, *guide_inputs, args.guide_perturbation)
     log_estimate(
         accelerator,
         training_step,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from acpo_utils.evaluators.judge import load_judges
     from acpo_utils.evaluators.two_stream import TwoStreamIQA
 
+from acpo_utils.evaluators.worst_point import guide_score
+
 
 __all__ = [
     "IPCE",
@@ -31,6 +33,7 @@ __all__ = [
     "WeightedEvaluators",
     "check_evaluator",
     "guide_parts",
+    "guide_score",
     "guide_weights",
     "load_evaluator",
     "load_guide",

@@ -39,6 +39,8 @@ AT_LEAST = {
     "quality_weight": 0,
     "anchor_weight": 0,
     "diffusion_weight": 0,
+    "guide_perturbation": 0,
+    "guide_clean_weight": 0,
     "late_steps": 1,
     "late_backprop_steps": 1,
     "decode_batch_size": 1,
@@ -106,6 +108,8 @@ def check_objective(args) -> None:
         raise ValueError("--diffusion_timesteps late needs --late_start data: a sampled latent has no known noise")
     if args.diffusion_timesteps == "late" and not args.diffusion_weight:
         raise ValueError("--diffusion_timesteps late has no effect with --diffusion_weight 0")
+    if args.guide_clean_weight > 1:
+        raise ValueError(f"--guide_clean_weight: expected a share from 0 to 1, found {args.guide_clean_weight}")
     if args.late_backprop_steps and args.late_backprop_steps > args.late_steps:
         raise ValueError(
             f"--late_backprop_steps: expected at most --late_steps {args.late_steps}, found {args.late_backprop_steps}"
