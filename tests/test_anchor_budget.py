@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from acpo_utils.anchor import INTEGRAL, PROPORTIONAL, SMOOTHING, AnchorBudget
-from tests.scripts.test_train_acpo_lora_sd import flags, lora_of, run_in_process  # noqa: F401  (fixtures)
+from tests import REPOSITORY
+from tests.launching import refused, run_script
+
+
+SCRIPT = REPOSITORY / "examples" / "train_acpo_lora_sd.py"
 
 
 def test_the_weight_follows_the_formula():
@@ -49,18 +53,28 @@ def test_a_model_that_moves_at_one_pace_is_not_swung_to_and_fro():
     assert sum(drifts[-100:]) / 100 == pytest.approx(0.003, rel=0.1)
 
 
-def test_the_training_adapts_its_weight_and_resumes_exactly(flags, lora_of, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_training_adapts_its_weight_and_resumes_exactly(sd_flags, lora_of, tmp_path):
     options = {"anchor_budget": 1e-6, "quality_weight": 10, "checkpointing_steps": 2, "report_to": "tensorboard"}
-    run_in_process(flags("whole", **options), monkeypatch, capsys, fails=False)
+    run_script(SCRIPT, *sd_flags("whole", **options))
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    run_in_process(flags("resumed", resume_from_checkpoint="latest", **options), monkeypatch, capsys, fails=False)
+    run_script(SCRIPT, *sd_flags("resumed", resume_from_checkpoint="latest", **options))
     whole, resumed = lora_of("whole"), lora_of("resumed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    run_in_process(flags("fixed", **options | {"anchor_budget": None}), monkeypatch, capsys, fails=False)
+    run_script(SCRIPT, *sd_flags("fixed", **options | {"anchor_budget": None}))
     assert any(not torch.equal(whole[name], weight) for name, weight in lora_of("fixed").items())
     assert json.loads((tmp_path / "whole" / "args.json").read_text())["anchor_weight"] == 1, "what was asked for"
 
 
-def test_a_budget_needs_an_anchor(flags, monkeypatch, capsys):  # noqa: F811
-    out = run_in_process(flags(anchor_budget=0.1, anchor_weight=0), monkeypatch, capsys)
-    assert "--anchor_budget must be above 0, and needs an --anchor_weight" in out
+def test_a_budget_is_above_0_and_needs_an_anchor(sd_flags):
+    out = refused(SCRIPT, *sd_flags(anchor_budget=0.1, anchor_weight=0))
+    assert "--anchor_budget needs an --anchor_weight above 0 to start from" in out
+    assert "--anchor_budget: expected a number above 0, found 0.0" in refused(SCRIPT, *sd_flags(anchor_budget=0))
+
+
+def test_without_a_budget_the_weight_stays():
+    fixed = AnchorBudget(None, 3.0)
+    assert [fixed.update(loss) for loss in (0.5, None, math.nan)] == [3.0, 3.0, 3.0]
+    again = AnchorBudget(None, 1.0)
+    again.load_state_dict(json.loads(json.dumps(fixed.state_dict())))
+    assert again.update(0.5) == 3.0
+    assert AnchorBudget(None, 0.0).update(None) == 0.0

@@ -5,7 +5,6 @@ Nothing else: no exception of a library, and no hang. A `Reader` below is a smal
 
 import csv
 import functools
-import importlib.util
 import io
 import json
 import math
@@ -22,6 +21,7 @@ from pathlib import Path
 import datasets
 import kadid
 import numpy as np
+import prepare_visual_genome
 import pyarrow
 import pytest
 import torch
@@ -44,15 +44,9 @@ from acpo_utils.ratings.images import load_rated_images
 from acpo_utils.ratings.mat_files import read_mat
 from acpo_utils.ratings.sets import read_rating_set
 from acpo_utils.ratings.tables import read_numbers, read_table
-from tests import REPOSITORY
 from tests.demo.kadid_table import write_kadid_table
 from tests.test_checkpoints import lora_unet
 
-
-SCRIPT = REPOSITORY / "examples" / "prepare_visual_genome.py"
-spec = importlib.util.spec_from_file_location("prepare_visual_genome", SCRIPT)
-prepare_visual_genome = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare_visual_genome)
 
 datasets.disable_progress_bars()
 

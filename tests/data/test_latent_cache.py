@@ -11,7 +11,11 @@ from safetensors.torch import load_file
 
 from acpo_utils.data import CachedLatents, CaptionedImages, collate, latent_cache, load_captioned_images
 from acpo_utils.stable_diffusion import encode_images, encode_prompts, load_stable_diffusion
-from tests.scripts.test_train_acpo_lora_sd import flags, lora_of, run_in_process  # noqa: F401  (fixtures)
+from tests import REPOSITORY
+from tests.launching import refused, run_script
+
+
+SCRIPT = REPOSITORY / "examples" / "train_acpo_lora_sd.py"
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +95,11 @@ def test_a_cache_is_used_again_and_one_of_other_models_data_or_settings_is_refus
         cache(dataset, (tokenizer, text_encoder, other), tmp_path)
 
 
-def test_a_training_on_kept_latents_is_the_training_on_images(flags, lora_of, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_training_on_kept_latents_is_the_training_on_images(sd_flags, lora_of, tmp_path):
     """Not bit for bit: images are encoded one by one for the cache, and a batch rounds by its size."""
     options = {"center_crop": True, "random_flip": True, "checkpointing_steps": 2}
-    run_in_process(flags("images", **options), monkeypatch, capsys, fails=False)
-    run_in_process(flags("cached", cache_latents=True, **options), monkeypatch, capsys, fails=False)
+    run_script(SCRIPT, *sd_flags("images", **options))
+    run_script(SCRIPT, *sd_flags("cached", cache_latents=True, **options))
     images, cached = lora_of("images"), lora_of("cached")
     assert max(weight.abs().max() for name, weight in images.items() if "lora_B" in name) > 1e-3
     assert all(torch.allclose(images[name], cached[name], atol=1e-4) for name in images)
@@ -105,7 +109,7 @@ def test_a_training_on_kept_latents_is_the_training_on_images(flags, lora_of, tm
 
 
 @pytest.mark.parametrize("late_start", ["data", "rollout"])
-def test_the_encoders_are_not_called_once_the_latents_are_kept(flags, late_start, monkeypatch, capsys):  # noqa: F811
+def test_the_encoders_are_not_called_once_the_latents_are_kept(sd_flags, late_start, monkeypatch):
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
@@ -118,10 +122,10 @@ def test_the_encoders_are_not_called_once_the_latents_are_kept(flags, late_start
         CLIPTextModel, "forward", lambda self, ids=None, *a, **k: calls.append("text") or forward(self, ids, *a, **k)
     )
     options = {"center_crop": True, "cache_latents": True, "late_start": late_start, "num_inference_steps": 3}
-    run_in_process(flags(**options), monkeypatch, capsys, fails=False)
+    run_script(SCRIPT, *sd_flags(**options))
     assert calls.count(1) == 12 and calls.count("text") == 13, "twelve images and captions, and the empty prompt"
 
 
-def test_what_cannot_be_kept_is_refused(flags, monkeypatch, capsys):  # noqa: F811
-    out = run_in_process(flags(cache_latents=True), monkeypatch, capsys)
+def test_what_cannot_be_kept_is_refused(sd_flags):
+    out = refused(SCRIPT, *sd_flags(cache_latents=True))
     assert "--cache_latents needs images and --center_crop" in out
