@@ -96,3 +96,39 @@ def pair_grid(
         axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=7)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight")  # the last captions reach below the axes
+
+
+def gains_and_losses(
+    folder: str | Path,
+    model: str,
+    pairs: Sequence[tuple[str | Path, str | Path]],
+    captions: Sequence[str],
+    metric: str | None,
+    scores: tuple[Sequence[float], Sequence[float]] | None,
+    count: int,
+    seed: int = 0,
+) -> list[Path]:
+    """Writes `pair_grid`s of the largest gains, the largest losses and a random draw of `count` pairs each.
+
+    Args:
+        folder: of the pictures, which are named after `model`; those of a run before are removed.
+        pairs: n of (base's file, fine-tuned's file). captions: n strings.
+        metric, scores: what a gain is of, and its (base (n,), fine-tuned (n,)), higher is better; None: a draw alone.
+    Returns:
+        The pictures' files; none of gains where nothing gained.
+    """
+    changes = np.zeros(len(pairs)) if scores is None else np.subtract(scores[1], scores[0])
+    files = []
+    for kind, chosen in choose_pairs(changes, count, seed).items():
+        file = Path(folder, f"{model}-{kind}.png")
+        file.unlink(missing_ok=True)
+        if not chosen:
+            continue
+        title = f"{model}: {'a random draw' if kind == 'random' else f'largest {kind}'}"
+        texts = [captions[i] for i in chosen]
+        if scores is not None:
+            title += f", {metric} under each"
+            texts = [f"{captions[i]}\n{scores[0][i]:.3f} to {scores[1][i]:.3f}" for i in chosen]
+        pair_grid(file, title, [pairs[i] for i in chosen], texts)
+        files.append(file)
+    return files

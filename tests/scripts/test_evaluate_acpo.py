@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from acpo_utils.evaluation.real_images import read_real_images
 from acpo_utils.randomness import step_generator
 from tests import REPOSITORY
+from tests.scripts.loading import load_script
 
 
 SCRIPT = REPOSITORY / "examples" / "evaluate_acpo.py"
@@ -31,22 +33,27 @@ def breaks(images, prompts=None):
     return redness(images) * torch.nan
 
 
-def run(options, monkeypatch, capsys, fails=False) -> str:
-    """The script's own `__main__` block without a new interpreter; returns what it printed, or its error line."""
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """The script's main in this process; returns what it printed, or with `fails` its one line of error."""
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
+    script = load_script("evaluate_acpo")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
-    capsys.readouterr()
-    if not fails:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stopped.value.code != 0
-    message = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
-    return message[message.index("error: ") :].strip()
+
+    def run(flags: list[str], fails: bool = False) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        capsys.readouterr()
+        if not fails:
+            script.main(script.parse_args(flags))
+            return capsys.readouterr().out
+        with pytest.raises((ValueError, SystemExit)) as stopped:
+            script.main(script.parse_args(flags))
+        if stopped.type is ValueError:
+            return str(stopped.value)
+        return capsys.readouterr().err.partition("error: ")[2].strip()  # of argparse
+
+    return run
 
 
 def save_tiny_lora(folder: Path, seed: int, guides: list[str] | None) -> Path:
@@ -104,10 +111,10 @@ def pixels(path) -> np.ndarray:
 
 
 def test_two_loras_two_prompt_sets_and_every_output(
-    flags, loras, tmp_path, tiny_pipeline, tiny_guide, captioned_images, monkeypatch, capsys
+    flags, loras, tmp_path, tiny_pipeline, tiny_guide, captioned_images, evaluate
 ):
     (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na tower\tWorld\na bridge\tWorld\na boat\tWorld\n")
-    out = run(
+    out = evaluate(
         flags(
             lora=loras,
             prompts=[tmp_path / "held-out.txt", f"partiprompts:{tmp_path / 'parti.tsv'}"],
@@ -116,9 +123,7 @@ def test_two_loras_two_prompt_sets_and_every_output(
             real_data_dir=captioned_images,
             max_real_images=4,
             num_grid_pairs=2,
-        ),
-        monkeypatch,
-        capsys,
+        )
     )
     folder = tmp_path / "out"
     results = json.loads((folder / "results.json").read_text())
@@ -192,17 +197,34 @@ def test_two_loras_two_prompt_sets_and_every_output(
     assert all((folder / reference).is_file() for reference in page.references)
 
 
+def test_latents_are_not_clipped_whatever_scheduler_the_model_was_saved_with(flags, tiny_pipeline, tmp_path):
+    """A PNDM scheduler's configuration says nothing of clip_sample, which DDIM by itself switches on."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+    script = load_script("evaluate_acpo")
+    folder = tmp_path / "pndm"
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipeline.scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    pipeline.save_pretrained(folder)
+    for scheduler in script.SCHEDULERS:
+        args = script.parse_args(flags(pretrained_model_name_or_path=folder, scheduler=scheduler))
+        args.unconditional = False
+        config = script.load_pipeline(str(folder), args, torch.float32, "cpu").scheduler.config
+        assert config.beta_schedule == "scaled_linear" and config.thresholding is False
+        assert scheduler != "ddim" or config.clip_sample is False
+
+
 def state(folder: Path) -> dict[str, tuple[bytes, int]]:
     files = folder.glob("images/*/*.png")
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def test_a_second_run_keeps_what_is_finished_and_makes_the_rest_again(flags, tmp_path, monkeypatch, capsys):
+def test_a_second_run_keeps_what_is_finished_and_makes_the_rest_again(flags, tmp_path, evaluate):
     folder = tmp_path / "out"
-    run(flags(), monkeypatch, capsys)
+    evaluate(flags())
     before = state(folder)
     assert len(before) == 10
-    run(flags(), monkeypatch, capsys)
+    evaluate(flags())
     assert state(folder) == before, "nothing is drawn again"
 
     damaged = {"images/base/held-out-000001.png", "images/first/held-out-000004.png"}
@@ -212,7 +234,7 @@ def test_a_second_run_keeps_what_is_finished_and_makes_the_rest_again(flags, tmp
     manifest = folder / "images" / "first" / "manifest.jsonl"
     lines = manifest.read_text().splitlines()
     manifest.write_text("\n".join(lines[1:]) + "\n")  # as if image 0 had never been finished
-    run(flags(), monkeypatch, capsys)
+    evaluate(flags())
     after = state(folder)
     assert {name: content for name, (content, _) in after.items()} == {
         n: content for n, (content, _) in before.items()
@@ -221,17 +243,25 @@ def test_a_second_run_keeps_what_is_finished_and_makes_the_rest_again(flags, tmp
     assert changed == damaged | {"images/first/held-out-000000.png"}
 
     # Another seed is other images; so are other weights under the same name, and the base stays.
-    run(flags(seed=1), monkeypatch, capsys)
+    evaluate(flags(seed=1))
     assert all(state(folder)[name][0] != content for name, (content, _) in after.items())
     seeded = state(folder)
     other = save_tiny_lora(tmp_path / "first", 3, None)
-    run(flags(seed=1, lora=other), monkeypatch, capsys)
+    evaluate(flags(seed=1, lora=other))
     again = state(folder)
     assert all((again[name] == seeded[name]) == ("base" in name) for name in seeded)
 
 
-def test_two_processes_draw_what_one_draws(flags, tmp_path, monkeypatch, capsys):
-    run(flags(), monkeypatch, capsys)
+def test_an_error_ends_the_command_in_one_line(flags, monkeypatch):
+    """The script as a command, up to its first mistake."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags(lora="no/such/lora")])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(SystemExit, match="^error: LoRA file not found: no/such/lora"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_two_processes_draw_what_one_draws(flags, tmp_path, evaluate):
+    evaluate(flags())
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "29627", "--num_processes", "2"]
@@ -262,7 +292,7 @@ def save_tiny_ddpm(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_unconditional_models_without_prompts(flags, tmp_path, captioned_images, monkeypatch, capsys):
+def test_unconditional_models_without_prompts(flags, tmp_path, captioned_images, evaluate):
     base, tuned = save_tiny_ddpm(tmp_path / "ddpm", 0), save_tiny_ddpm(tmp_path / "ddpm-acpo", 1)
     options = flags(
         pretrained_model_name_or_path=base,
@@ -273,7 +303,7 @@ def test_unconditional_models_without_prompts(flags, tmp_path, captioned_images,
         real_data_dir=captioned_images,
         metrics=["python:tests.scripts.test_evaluate_acpo:redness", "mse", "fid"],
     )
-    run(options, monkeypatch, capsys)
+    evaluate(options)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [prompt["text"] for prompt in results["prompts"]] == [None] * 4
     assert {row["metric"] for row in results["rows"]} >= {"mse", "redness"}
@@ -288,15 +318,14 @@ def test_unconditional_models_without_prompts(flags, tmp_path, captioned_images,
     assert "unconditional 0" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_demo_is_compared_by_its_guide_and_its_judge(monkeypatch, loras):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("evaluate_acpo", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", ["evaluate_acpo.py", "--lora", str(loras[0])])
-    args = script.parse_args()
-    assert args.pretrained_model_name_or_path == script.DEMO["pretrained_model_name_or_path"]
+def test_the_demo_is_compared_by_its_guide_and_its_judge(loras):
+    script = load_script("evaluate_acpo")
+    args = script.parse_args(["--lora", str(loras[0])])
+    settings = json.loads((SCRIPT.parent / "demo" / "evaluation.json").read_text())
+    assert args.demo and args.pretrained_model_name_or_path == str(SCRIPT.parent / "demo" / "pipeline")
+    assert {name: getattr(args, name) for name in settings if name != "pretrained_model_name_or_path"} == {
+        name: value for name, value in settings.items() if name != "pretrained_model_name_or_path"
+    }
     models = script.check_models(args)
     assert models == {"base": args.pretrained_model_name_or_path, "first": str(loras[0])}
     prompts = script.read_all_prompts(args)
@@ -304,8 +333,12 @@ def test_the_demo_is_compared_by_its_guide_and_its_judge(monkeypatch, loras):
     metrics = script.choose_metrics(args, {"first": ["ipce:guide"]})
     judge = SCRIPT.parent / "demo" / "judge"
     assert metrics == ["ipce:guide", f"judge:{judge}", f"judge-kid:{judge}", "mse"]
-    dataset, column = script.read_real_images(metrics, args)
-    assert len(dataset) == 200 and column == "image"
+    real = read_real_images(args.real_data_dir, max_real_images=args.max_real_images)
+    assert len(real.dataset) == 200 and real.image_column == "image" and real.captions is None
+    # What is given takes the place of the demo's.
+    args = script.parse_args(["--lora", str(loras[0]), "--prompts", "demo-unseen", "--max_prompts", "7"])
+    assert args.demo and args.prompts == ["demo-unseen"] and args.max_prompts == 7
+    assert args.real_data_dir.endswith("unseen_concepts.parquet")
 
 
 BAD_INPUT = {
@@ -318,30 +351,31 @@ BAD_INPUT = {
     "real images": ({"metrics": "fid"}, "--metrics fid compares with real images: give --real_data_dir"),
     "real folder": ({"metrics": "fid", "real_data_dir": "no/images"}, "--real_data_dir no/images"),
     "rank by": ({"rank_by": "judge"}, "--rank_by: expected one of ipce-guide"),
-    "one prompt": ({"max_prompts": 1}, "--max_prompts must be at least 2"),
+    "one prompt": ({"max_prompts": 1}, "--max_prompts: expected at least 2, found 1"),
+    "no steps": ({"num_inference_steps": 0}, "--num_inference_steps: expected at least 1, found 0"),
     "output folder": ({"output_dir": "/proc/acpo"}, "/proc/acpo cannot be written to"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_that_names_it(flags, case, monkeypatch, capsys):
+def test_bad_input_is_one_line_that_names_it(flags, case, evaluate):
     changes, expected = BAD_INPUT[case]
-    message = run(flags(**changes), monkeypatch, capsys, fails=True)
+    message = evaluate(flags(**changes), fails=True)
     assert expected in message and "\n" not in message
 
 
-def test_models_that_do_not_fit_are_refused(flags, tmp_path, loras, tiny_pipeline, monkeypatch, capsys):
+def test_models_that_do_not_fit_are_refused(flags, tmp_path, loras, tiny_pipeline, evaluate):
     ddpm = save_tiny_ddpm(tmp_path / "ddpm", 0)
-    message = run(flags(finetuned=ddpm), monkeypatch, capsys, fails=True)
+    message = evaluate(flags(finetuned=ddpm), fails=True)
     assert "expected a pipeline like the base model's, found DDPMPipeline" in message
-    message = run(flags(pretrained_model_name_or_path=ddpm), monkeypatch, capsys, fails=True)
+    message = evaluate(flags(pretrained_model_name_or_path=ddpm), fails=True)
     assert "takes no --lora" in message
     shutil.copytree(loras[0], tmp_path / "damaged")
     file = tmp_path / "damaged" / "pytorch_lora_weights.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    message = run(flags(lora=tmp_path / "damaged"), monkeypatch, capsys, fails=True)
+    message = evaluate(flags(lora=tmp_path / "damaged"), fails=True)
     assert "is damaged" in message and not (tmp_path / "out").exists()
     (tmp_path / "same").mkdir()
     (tmp_path / "same" / "held-out.txt").write_text("one\ntwo\n")
     twice = [tmp_path / "held-out.txt", tmp_path / "same" / "held-out.txt"]
-    assert "rename one of the two files" in run(flags(prompts=twice), monkeypatch, capsys, fails=True)
+    assert "rename one of the two files" in evaluate(flags(prompts=twice), fails=True)

@@ -1,0 +1,63 @@
+"""Real images that generated ones are measured against: read and checked, then brought to the generated ones' size."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from acpo_utils.data.captioned import check_images, load_captioned_images, read_image
+from acpo_utils.files import atomic_write
+
+
+class RealImages(NamedTuple):
+    """Rows of a data set, the name of the column with their images, and n captions, or None."""
+
+    dataset: Dataset
+    image_column: str
+    captions: list[str] | None
+
+
+def read_real_images(
+    real_data_dir: str,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    max_real_images: int | None = None,
+    seed: int = 0,
+) -> RealImages:
+    """The images of a folder or parquet file, every one of them checked, or a choice of them by `seed`.
+
+    Args:
+        image_column: by default "image", or "img" where there is only that. caption_column: None for images alone; of
+            several captions of an image the first one counts.
+    Raises:
+        ValueError: as `load_captioned_images` and `check_images` do.
+    """
+    try:
+        dataset = load_captioned_images(
+            train_data_dir=real_data_dir,
+            image_column=image_column,
+            caption_column=caption_column,
+            max_train_samples=max_real_images,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("--train_data_dir", "--real_data_dir")) from error
+    image_column = image_column or ("image" if "image" in dataset.column_names else "img")
+    dataset = check_images(dataset, image_column)
+    captions = None
+    if caption_column is not None:
+        captions = [text if isinstance(text, str) else text[0] for text in dataset[caption_column][:]]
+    return RealImages(dataset, image_column, captions)
+
+
+def write_real_images(real: RealImages, size: tuple[int, int], folder: str | Path) -> list[Path]:
+    """PNG files of the images at `size` (width, height), the shorter side resized and the centre cut out, in order."""
+    files = []
+    for number, row in enumerate(tqdm(real.dataset.select_columns(real.image_column), desc="resizing real images")):
+        image = read_image(row[real.image_column])
+        files.append(Path(folder, f"{number:06d}.png"))
+        with atomic_write(files[-1]) as temporary:
+            ImageOps.fit(image, size, Image.Resampling.LANCZOS).save(temporary)
+    return files
