@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,24 +22,6 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """(row, value) for each line of a JSON Lines file that is not blank; rows count from 1.
-
-    Raises ValueError naming the file, and the row, for text that is not UTF-8 and for a line that is not JSON.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 is no end of a JSON line
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found byte {error.start} undecodable.") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON; a number of 5,000 digits; lists nested as deep
-                raise ValueError(f"{path}, row {number}: expected a JSON object, found: {one_line(error)}.") from error
-            yield number, value
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from acpo_utils.files import one_line, read_json_lines
+from acpo_utils.data.text_files import read_json_lines
+from acpo_utils.files import one_line
 from acpo_utils.randomness import EpochOrder
 
 

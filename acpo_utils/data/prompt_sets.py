@@ -14,6 +14,7 @@ import numpy as np
 from pyarrow import parquet
 
 from acpo_utils.data.prompts import read_prompts
+from acpo_utils.data.text_files import read_text
 from acpo_utils.files import is_utf8, one_line, parquet_errors
 
 
@@ -76,10 +77,7 @@ def read_region_phrases(path: Path) -> list[str]:
     [{"id" or "image_id": ..., "regions": [{"phrase": ...}, ...]}, ...], decoded one image at a time: as Python objects
     the whole file would take several GB.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found an undecodable byte at {error.start}.") from error
+    text = read_text(path).strip()
     if not text.startswith("["):
         raise ValueError(f"{path}: expected a list of images with regions, found {text[:20]!r} at the beginning.")
     decoder, separator = json.JSONDecoder(), re.compile(r"\s*,?\s*")

@@ -1,7 +1,6 @@
 """Prompt files, and training on prompts alone (`--late_start rollout` needs no images)."""
 
-import csv
-import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import torch
 from pyarrow import parquet
 
 from acpo_utils.data.captioned import tokenize
-from acpo_utils.files import is_utf8, parquet_errors, read_json_lines
+from acpo_utils.data.text_files import read_json_lines, read_separated, read_text
+from acpo_utils.files import is_utf8, one_line, parquet_errors
 from acpo_utils.randomness import EpochOrder
 
 
@@ -35,24 +35,36 @@ class Prompts(torch.utils.data.Dataset):
 
 
 def read_prompts(path: str | Path, columns: Sequence[str] = ("prompt", "text")) -> list[str]:
-    """Prompts of a text file (one per line), or of a .csv, .tsv, .jsonl or .parquet file.
+    """Prompts of a .txt file (one per line; so is a file without an ending), .csv, .tsv, .json, .jsonl or .parquet.
 
-    `columns`: the names of their prompt column, lower case, the first that is there counts.
+    A .json file is a list of strings, or of objects. `columns`: the names of the tables' prompt column and of the
+    objects' key, lower case, the first that is there counts.
 
-    Raises ValueError naming the file (and the row) if it is missing, empty, undecodable, or has no such column.
+    Raises ValueError naming the file (and the row) if it is missing, empty, undecodable, of another ending, or has no
+    such column.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"Prompt file not found: {path}.")
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         with parquet_errors(f"Prompt file {path}"):
             table = parquet.ParquetFile(path)
             names = [name for name in table.schema_arrow.names if name.lower() in columns]
             rows = list(enumerate(table.read(columns=names).to_pylist(), start=1))  # and not the images beside them
-    elif path.suffix == ".jsonl":
+    elif kind == ".jsonl":
         rows = list(read_json_lines(path))
+    elif kind == ".json":
+        rows = _read_json(path, columns)
+    elif kind in (".csv", ".tsv"):
+        rows = read_separated(path, columns, delimiter="," if kind == ".csv" else "\t", header_row=0)
+    elif kind in (".txt", ""):
+        rows = _read_lines(path, columns[0])
     else:
-        rows = _read_text(path, columns[0])
+        raise ValueError(
+            f"Prompt file {path}: expected .txt (a prompt in each line), .csv, .tsv, .json, .jsonl or .parquet, found "
+            f"{path.suffix}: save it as one of these."
+        )
 
     prompts = []
     for number, row in rows:
@@ -67,18 +79,34 @@ def read_prompts(path: str | Path, columns: Sequence[str] = ("prompt", "text")) 
     return prompts
 
 
-def _read_text(path: Path, column: str) -> list[tuple[int, dict]]:
-    """(row, cells) of a .csv or .tsv file; of any other, each line that is not blank as its one `column`."""
+def _read_json(path: Path, columns: Sequence[str]) -> list[tuple[int, object]]:
+    """(row, object) of a list; rows count from 1, and a string stands for an object with the first of `columns`."""
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Prompt file {path}: expected UTF-8 text, found byte {error.start} undecodable.") from error
-    if "\0" in text:  # UTF-16 without its mark
-        raise ValueError(f"Prompt file {path}: expected UTF-8 text, found zero bytes. Save it as UTF-8.")
-    if path.suffix not in (".csv", ".tsv"):
-        return [(number, {column: line}) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON; a number of 5,000 digits; lists nested as deep
+        hint = " A file with an object in each line is named .jsonl." if "Extra data" in str(error) else ""
+        raise ValueError(f"Prompt file {path}: expected JSON, found: {one_line(error)}.{hint}") from error
+    if not isinstance(content, list):
+        names = " or ".join(f'"{name}"' for name in columns)
+        found = f"an object with {', '.join(list(content)[:5])}" if isinstance(content, dict) else repr(content)
+        raise ValueError(
+            f"Prompt file {path}: expected a list of strings, or of objects with {names}, found {one_line(found)[:200]}."
+        )
+    return [(row, {columns[0]: item} if isinstance(item, str) else item) for row, item in enumerate(content, start=1)]
+
+
+def _read_lines(path: Path, column: str) -> list[tuple[int, dict]]:
+    """(row, {column: line}) for each line that is not blank; JSON under another name is refused."""
+    text = read_text(path)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if lines and (_is_json(text) or _is_json(lines[0][1])):
+        raise ValueError(f"Prompt file {path}: expected a prompt in each line, found JSON: name it .json or .jsonl.")
+    return [(number, {column: line}) for number, line in lines]
+
+
+def _is_json(text: str) -> bool:
     try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
-        return list(enumerate(rows, start=1))
-    except csv.Error as error:
-        raise ValueError(f"Prompt file {path}: expected a table of separated values, found: {error}.") from error
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
