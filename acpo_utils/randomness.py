@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def step_generator(seed: int, *position: int) -> torch.Generator:
-    """A CPU generator for one place of a run, such as (step, micro-step, rank): the same numbers whatever ran before.
+    """A CPU generator for one place of a run, such as (step, micro-step): the same numbers whatever ran before.
 
     On the CPU also for GPU runs, as diffusers' `randn_tensor` recommends, so that devices draw the same noise.
     """
