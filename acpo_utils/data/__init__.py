@@ -2,16 +2,13 @@
 
 from acpo_utils.data.captioned import (
     CaptionedImages,
-    check_images,
     collate,
-    fit_image,
     load_captioned_images,
-    read_image,
     to_device,
-    to_rgb,
     tokenize,
 )
 from acpo_utils.data.latent_cache import CachedLatents
+from acpo_utils.data.pictures import check_images, fit_image, read_image, to_rgb
 from acpo_utils.data.prompts import Prompts, read_prompts
 from acpo_utils.data.unconditional import (
     UnconditionalImages,

@@ -1,17 +1,13 @@
 """Captioned images: everything is checked before training, and item n depends on (seed, n) alone."""
 
-import io
 import logging
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
+from acpo_utils.data.pictures import check_images, fit_image, read_image, to_rgb  # noqa: F401
 from acpo_utils.data.text_files import read_json_lines
 from acpo_utils.files import one_line
 from acpo_utils.randomness import EpochOrder
@@ -121,71 +117,6 @@ def _reason(error: BaseException) -> str:
 
 def _kind(feature) -> str:
     return getattr(feature, "dtype", None) or type(feature).__name__
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB, upright (EXIF), 16-bit scaled to 8, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits per pixel: convert("RGB") would clip at 255, to an almost white image
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def read_image(cell: dict) -> Image.Image:
-    """Decodes one undecoded cell of an image column; raises what PIL raises."""
-    with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
-        return to_rgb(image)
-
-
-def fit_image(
-    image: Image.Image, resolution: int, center_crop: bool, random_flip: bool, rng: np.random.Generator
-) -> torch.Tensor:
-    """An RGB image as (3, R, R) float32 in [-1, 1]: its shorter side scaled to R, cropped, perhaps mirrored."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    if not center_crop:
-        left, top = int(rng.integers(width - resolution + 1)), int(rng.integers(height - resolution + 1))
-    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))  # (R, R, 3) uint8
-    if random_flip and rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
-
-
-def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: bool = False) -> datasets.Dataset:
-    """Decodes every image once. An unreadable one raises ValueError with its name; `skip_bad_images` drops it."""
-
-    images = dataset.select_columns(image_column)
-
-    def problem(row: int) -> str | None:
-        cell = None
-        try:
-            cell = images[row][image_column]
-            read_image(cell)
-        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-            name = one_line((cell or {}).get("path") or f"row {row}")
-            return f"{name} ({one_line(error) if cell else 'it has none'})"
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        problems = list(tqdm(pool.map(problem, range(len(images))), total=len(images), desc="Checking images"))
-    bad = [text for text in problems if text is not None]
-    first = f"{bad[0]}, in {dataset.info.description or 'the images given'}" if bad else ""
-    if bad and not skip_bad_images:
-        raise ValueError(
-            f"{len(bad)} of {len(problems)} images cannot be read, the first: {first}. "
-            "Repair or remove them, or pass --skip_bad_images."
-        )
-    if len(bad) == len(problems):
-        raise ValueError(f"None of the {len(problems)} images can be read, the first: {first}.")
-    if bad:
-        logger.warning("Skipped %d of %d images that cannot be read, the first: %s", len(bad), len(problems), first)
-        return dataset.select([row for row, text in enumerate(problems) if text is None])
-    return dataset
 
 
 class CaptionedImages(torch.utils.data.Dataset):

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from acpo_utils.data.captioned import fit_image, read_image, tokenize
+from acpo_utils.data.captioned import tokenize
+from acpo_utils.data.pictures import fit_image, read_image
 from acpo_utils.files import atomic_write
 from acpo_utils.randomness import EpochOrder
 

@@ -4,7 +4,8 @@ import datasets
 import numpy as np
 import torch
 
-from acpo_utils.data.captioned import fit_image, load_captioned_images, read_image
+from acpo_utils.data.captioned import load_captioned_images
+from acpo_utils.data.pictures import fit_image, read_image
 from acpo_utils.randomness import EpochOrder
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from acpo_utils.data.captioned import to_rgb
+from acpo_utils.data.pictures import to_rgb
 from acpo_utils.evaluators.efficientnet import EfficientNetFeatures, extract_features
 from acpo_utils.files import no_pickles, package_folder
 
@@ -33,7 +33,7 @@ def read_images(files: Sequence[Path], batch_size: int = 32) -> Iterator[torch.T
             try:
                 with Image.open(file) as image:
                     batch.append(torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1))
-            except (OSError, SyntaxError) as error:
+            except (OSError, SyntaxError, ValueError) as error:  # ValueError: of `to_rgb`
                 raise ValueError(f"Image {file} cannot be read: {' '.join(str(error).split())}") from error
             shape = shape or batch[-1].shape
             if batch[-1].shape != shape:
