@@ -1,7 +1,9 @@
 """A LoRA's file, as `load_lora_weights` of diffusers reads it: written whole or not at all, checked before it is loaded."""
 
+import difflib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -18,6 +22,13 @@ from acpo_utils.sharding import full_weights
 
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
+# kohya's files write an underscore for every dot in a layer's name. These parts of Stable Diffusion's have their own.
+KOHYA_NAMES = re.compile(
+    "(?:down|up|transformer)_blocks|mid_block|time_emb_proj|(?:time|class|add)_embedding|linear_[12]|"
+    "conv_(?:in|out|shortcut)|proj_(?:in|out)|to_(?:q|k|v|out)|[^_]+"
+)
+KOHYA_MATRICES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+LORA_LAYERS = (torch.nn.Linear, torch.nn.Conv2d)  # what peft gives a LoRA in a U-Net of diffusers
 
 
 def save_lora(unet: UNet2DConditionModel, output_dir: str | Path) -> Path:
@@ -28,25 +39,53 @@ def save_lora(unet: UNet2DConditionModel, output_dir: str | Path) -> Path:
     the loader then drops every other layer in silence; and the adapter's configuration is stored as metadata, since
     otherwise alpha is taken to be the rank when the file is loaded.
     """
-    from diffusers import StableDiffusionPipeline
-    from diffusers.training_utils import _collate_lora_metadata
-    from peft import get_peft_model_state_dict
-
     weights = get_peft_model_state_dict(unet, dict(unet.named_parameters()))
     layers = {name: weight.detach().float().cpu() for name, weight in weights.items()}
-    metadata = _collate_lora_metadata({"unet": unet})
-    output_dir = Path(output_dir)
-    temporary = output_dir / f".lora.{os.getpid()}.tmp"
+    return write_lora(layers, unet.peft_config["default"], Path(output_dir) / LORA_NAME)
+
+
+def write_lora(weights: dict[str, torch.Tensor], lora_config: LoraConfig, path: Path) -> Path:
+    """Writes a U-Net's LoRA, under PEFT names (`....lora_A.weight`), to the .safetensors file `path`, which it returns."""
+    from diffusers import StableDiffusionPipeline
+
+    temporary = path.parent / f".lora.{os.getpid()}.tmp"
     try:
-        StableDiffusionPipeline.save_lora_weights(temporary, unet_lora_layers=layers, **metadata)
-        os.replace(temporary / LORA_NAME, output_dir / LORA_NAME)
+        StableDiffusionPipeline.save_lora_weights(
+            temporary,
+            unet_lora_layers=weights,
+            unet_lora_adapter_metadata=lora_config.to_dict(),
+            weight_name=path.name,
+        )
+        os.replace(temporary / path.name, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return output_dir / LORA_NAME
+    return path
 
 
-def _read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The U-Net's tensors of a LoRA file or folder under PEFT names (`....lora_A.weight`), and its configuration."""
+def _from_kohya(weights: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """kohya's names as PEFT's, and each layer's alpha. diffusers reads conv_in, conv_out and time_embedding from 0.39 on."""
+    converted, alphas = {}, {}
+    for name, weight in weights.items():
+        layer, _, matrix = name.removeprefix("lora_unet_").partition(".")
+        layer = ".".join(KOHYA_NAMES.findall(layer))
+        known = name.startswith("lora_unet_") and not layer.startswith(("input.", "middle.", "output."))
+        if known and matrix in KOHYA_MATRICES:
+            converted[f"{layer}.{KOHYA_MATRICES[matrix]}"] = weight
+        elif known and matrix == "alpha" and weight.numel() == 1 and not weight.is_complex():
+            alphas[layer] = float(weight)
+        else:
+            raise ValueError(
+                f"LoRA file {file}: expected lora_down.weight, lora_up.weight and alpha of lora_unet_* layers alone, in "
+                f"diffusers' names (down_blocks), found {one_line(name)}."
+            )
+    return converted, alphas
+
+
+def read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The U-Net's tensors of a LoRA file or folder under PEFT names (`....lora_A.weight`), and its `read_lora_config`.
+
+    The file's own names are PEFT's, older ones of diffusers, or kohya's. Raises ValueError as `read_lora_config`.
+    """
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
@@ -59,27 +98,47 @@ def _read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
             adapter = json.loads((handle.metadata() or {}).get("lora_adapter_metadata", "{}"))
         if not isinstance(adapter, dict):
             raise ValueError("lora_adapter_metadata is no object")
-        weights, network_alphas = StableDiffusionPipeline.lora_state_dict(weights)
-        alphas = sorted({float(alpha) for alpha in (network_alphas or {}).values()})
+        is_kohya = any(name.startswith("lora_unet_") for name in weights)
+        if not is_kohya:
+            weights, _ = StableDiffusionPipeline.lora_state_dict(weights)
     except Exception as error:  # diffusers, converting other formats, raises whatever a name or a tensor leads to
         raise ValueError(f"LoRA file {file} is damaged or in no known format: {one_line(error)}") from error
 
-    other = sorted({name.split(".")[0] for name in weights if not name.startswith("unet.")})
-    if other or not weights:
-        found = one_line(", ".join(other)) or "none"
-        raise ValueError(f"LoRA file {file}: expected only tensors named unet.*, found {found}.")
-    weights = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in weights.items()})
+    alphas: dict[str, float] = {}
+    if is_kohya:
+        weights, alphas = _from_kohya(weights, file)
+        adapter = {}
+    else:
+        other = sorted({name.split(".")[0] for name in weights if not name.startswith("unet.")})
+        if other or not weights:
+            found = one_line(", ".join(other)) or "none"
+            raise ValueError(f"LoRA file {file}: expected only tensors named unet.*, found {found}.")
+        weights = {name.removeprefix("unet."): value for name, value in weights.items()}
+        weights = convert_unet_state_dict_to_peft(weights)
 
+    layers = {name.rpartition(".lora_")[0] for name in weights} | alphas.keys()
+    complete = {f"{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
+    if differing := sorted(complete ^ weights.keys()):
+        raise ValueError(
+            f"LoRA file {file}: expected lora_A.weight and lora_B.weight of every layer, in kohya's names lora_down and "
+            f"lora_up; missing or not one of them: {one_line(differing[0])}."
+        )
+    # A layer's rank is the number of rows of lora_A and of columns of lora_B.
+    ranks = {(*weight.shape, 0, 0)[name.endswith(".lora_B.weight")] for name, weight in weights.items()}
+    if alphas:  # where a layer has none, and in a file without any, it is the rank
+        rank_as_alpha = {layer: float((*weights[f"{layer}.lora_A.weight"].shape, 0)[0]) for layer in layers}
+        alphas = rank_as_alpha | alphas
+    found_alphas = sorted(set(alphas.values()))
     config = {name.removeprefix("unet."): value for name, value in adapter.items() if name.startswith("unet.")}
     unsupported = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
-    ranks = sorted({(*weight.shape, 0)[0] for name, weight in weights.items() if name.endswith(".lora_A.weight")})
-    if unsupported or len(ranks) != 1 or ranks == [0] or len(alphas) > 1:
+    if unsupported or len(ranks) != 1 or ranks == {0} or len(found_alphas) > 1:
         raise ValueError(
-            f"LoRA file {file}: expected one rank and one alpha for all layers, found ranks {ranks}"
-            f"{f', alphas {alphas}' if alphas else ''}{f', {unsupported}' if unsupported else ''}."
+            f"LoRA file {file}: expected one rank and one alpha for all layers, found ranks {sorted(ranks)}"
+            f"{f', alphas {found_alphas}' if alphas else ''}{f', {unsupported}' if unsupported else ''}."
         )
-    targets = config.get("target_modules") or {name.split(".lora_")[0] for name in weights}
-    alpha = config.get("lora_alpha", alphas[0] if alphas else ranks[0])
+    (rank,) = ranks
+    targets = config.get("target_modules") or layers
+    alpha = config.get("lora_alpha", found_alphas[0] if alphas else rank)
     # PEFT takes a string for a regular expression.
     listed = isinstance(targets, (list, set)) and all(isinstance(target, str) for target in targets)
     if not (listed or isinstance(targets, str)) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e300:
@@ -88,16 +147,16 @@ def _read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
             f"{targets!r}."
         )
     targets = sorted(targets) if listed else targets
-    return weights, {"rank": ranks[0], "alpha": alpha, "target_modules": targets}
+    return weights, {"rank": rank, "alpha": alpha, "target_modules": targets}
 
 
 def read_lora_config(path: str | Path) -> dict:
     """`rank`, `alpha` and `target_modules` of a LoRA file or folder, to create the adapter it is loaded into.
 
     A file without metadata has alpha = rank (as `load_lora_weights` takes it) and lists its layers by full name.
-    Raises ValueError if the file is missing, damaged, or mixes ranks.
+    Raises ValueError if the file is missing or damaged, mixes ranks or alphas, or is not of a U-Net alone.
     """
-    return _read_lora(path)[1]
+    return read_lora(path)[1]
 
 
 def load_lora(unet: UNet2DConditionModel, path: str | Path, adapter_name: str = "default") -> None:
@@ -106,9 +165,7 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path, adapter_name: str = 
     Raises ValueError if the file is missing or damaged, belongs to another U-Net, or has another rank, alpha or set
     of layers than the adapter; nothing is loaded then.
     """
-    from peft import get_peft_model_state_dict
-
-    found, config = _read_lora(path)
+    found, config = read_lora(path)
     modules = dict(unet.named_modules())
     for name, weight in found.items():
         layer, _, matrix = name.partition(".lora_")
@@ -145,6 +202,62 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path, adapter_name: str = 
     with torch.no_grad():
         for name, weight in found.items():
             expected[name].copy_(weight)
+
+
+def _target_modules(unet: torch.nn.Module, names: list[str] | str) -> dict[str, torch.nn.Module]:
+    """The modules that peft would give an adapter with these `target_modules`; a string is a regular expression."""
+    config = LoraConfig(target_modules=names)
+    return {name: module for name, module in unet.named_modules() if name and check_target_module_exists(config, name)}
+
+
+def check_target_modules(unet: torch.nn.Module, target_modules: list[str]) -> None:
+    """Each of `target_modules` names layers that can take a LoRA, by name or its end; `unet` has no adapter yet.
+
+    Raises ValueError for those that do not, with what they may have meant. peft itself leaves out a name that matches
+    nothing as long as another one does.
+    """
+    layers = [name.split(".") for name, module in unet.named_modules() if isinstance(module, LORA_LAYERS)]
+    ends = {".".join(parts[start:]) for parts in layers for start in range(len(parts))}
+    wrong = []
+    for name in target_modules:
+        matched = _target_modules(unet, [name])
+        unfit = [(match, module) for match, module in matched.items() if not isinstance(module, LORA_LAYERS)]
+        if unfit or not matched:
+            found = f"{unfit[0][0]} ({type(unfit[0][1]).__name__})" if unfit else "nothing"
+            close = difflib.get_close_matches(name, ends - {name}, n=1)
+            wrong.append(f"{name!r} matches {found}{f', did you mean {close[0]!r}?' if close else ''}")
+    if wrong:
+        raise ValueError(
+            f"--lora_target_modules: expected names of layers that take a LoRA, found: {'; '.join(wrong)}."
+        )
+
+
+def check_lora_options(
+    unet: torch.nn.Module,
+    saved: dict,
+    *,
+    rank: int | None = None,
+    lora_alpha: float | None = None,
+    target_modules: list[str] | None = None,
+) -> None:
+    """What was given beside --lora_path agrees with `saved`, the file's `read_lora_config`; None was not given.
+
+    Target modules agree if they name the same layers of `unet`, which has no adapter yet. Raises ValueError with both.
+    """
+    for flag, given, value in (("--rank", rank, saved["rank"]), ("--lora_alpha", lora_alpha, saved["alpha"])):
+        if given is not None and given != value:
+            raise ValueError(
+                f"--lora_path has {flag} {value:g}, found {flag} {given:g}: leave it out, it is the file's."
+            )
+    if target_modules is not None:
+        given_layers = _target_modules(unet, target_modules).keys()
+        saved_layers = _target_modules(unet, saved["target_modules"]).keys()
+        if given_layers != saved_layers:
+            only = sorted(given_layers ^ saved_layers)
+            raise ValueError(
+                f"--lora_path has {len(saved_layers)} layers, --lora_target_modules {','.join(target_modules)} names "
+                f"{len(given_layers)}; in one of them only: {only[0]}. Leave it out, they are the file's."
+            )
 
 
 def register_lora_hooks(
