@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from acpo_utils.data.captioned import check_images, load_captioned_images
+from acpo_utils.data import check_images, load_captioned_images
 
 
 def load_rated_images(

@@ -1,24 +1,24 @@
 """Stage 1 of ACPO in several stages of rating sets, each starting from the weights that the last one arrived at.
 
-The paper pre-trains its evaluators in three stages and does not describe them; docs/evaluators.md has our reading. Here
-is what the training scripts of the evaluators share: the `--stages` flag, the rows of a stage, and the maps that let
-sets rated on different scales teach one score.
+The paper pre-trains its evaluators in three stages and does not describe them; docs/training-evaluators.md has ours. Here
+is what the training scripts of the evaluators share: the `--stages` flag, the rows of a stage, its steps, and the maps
+that let sets rated on different scales teach one score.
 """
 
 import math
-import os
 import re
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import datasets
 import torch
 
-from acpo_utils.checkpoints import read_run_state
-from acpo_utils.data.captioned import check_images
-from acpo_utils.files import atomic_write
+from acpo_utils.checkpoints import checkpoint_step, read_run_state
+from acpo_utils.data import check_images
+from acpo_utils.ratings.best import best_folder
+from acpo_utils.ratings.images import load_rated_images
 from acpo_utils.ratings.sets import SETS, RatingSet, read_rating_set
 from acpo_utils.ratings.tables import Scale
 
@@ -36,17 +36,32 @@ class Stage:
         splits: train, validation and test, with the rows of all sets. Columns `image` (undecoded: rows of {"bytes",
             "path"}), `prompt`, `mos` (on the scale of its set) and `set` (index into `names`); from a rating set also
             quality, alignment, std and generator (see `RatingSet`).
+        number: of the stage in its run, from 1.
+        start: steps of the run before the stage's first one. end: the number of its last one. Both by `set_steps`.
     """
 
     names: tuple[str, ...]
     scales: tuple[Scale, ...]
     splits: datasets.DatasetDict
+    number: int = 1
+    start: int = 0
+    end: int = 0
 
     def of_set(self, split: str, index: int) -> list[int]:
         """Which rows of `split` belong to set number `index`, in order. With one set: all of them."""
         if len(self.names) == 1:
             return list(range(len(self.splits[split])))
         return [row for row, number in enumerate(self.splits[split]["set"][:]) if number == index]
+
+    def samples(self, step: int, samples_per_step: int) -> range:
+        """Which of the samples of the stage are still to come after `step` of the run."""
+        return range((step - self.start) * samples_per_step, (self.end - self.start) * samples_per_step)
+
+    def target(self, row: dict, mos_column: str) -> tuple[int, float]:
+        """Of a row the number of its set, and its score as a part of that set's scale, in [0, 1]."""
+        index = row["set"] if len(self.names) > 1 else 0
+        low, high = self.scales[index]
+        return index, (row[mos_column] - low) / (high - low)
 
 
 def parse_stages(specs: Sequence[str]) -> list[list[tuple[str, str]]]:
@@ -108,8 +123,9 @@ def read_stages(
             skip_bad_images=skip_bad_images,
             max_samples=max_samples or {},
             seed=split_seed,
+            number=number,
         )
-        for stage, target in zip(parsed, targets)
+        for number, (stage, target) in enumerate(zip(parsed, targets), start=1)
     ]
 
 
@@ -119,8 +135,9 @@ def join_sets(
     skip_bad_images: bool = False,
     max_samples: dict[str, int | None] | None = None,
     seed: int = 0,
+    number: int = 1,
 ) -> Stage:
-    """One stage of `sets`; a name that is there already gets a number. Arguments and errors as in `read_stages`."""
+    """Stage `number`, of `sets`; a name that is there already gets a number. The rest as in `read_stages`."""
     names = [name if name not in names[:i] else f"{name}-{i + 1}" for i, name in enumerate(names)]
     splits = {}
     for split in ("train", "validation", "test"):
@@ -135,21 +152,83 @@ def join_sets(
                 raise ValueError(f"{name}, {split}: expected two different scores to rank, found {len(rows)} rows.")
             parts.append(rows.add_column("set", [index] * len(rows), feature=datasets.Value("int64")))
         splits[split] = datasets.concatenate_datasets(parts)
-    return Stage(tuple(names), tuple(rated.scale for rated in sets), datasets.DatasetDict(splits))
+    return Stage(tuple(names), tuple(rated.scale for rated in sets), datasets.DatasetDict(splits), number)
 
 
-def check_stage(checkpoint: str | Path, step: int, ends: Sequence[int]) -> None:
-    """Raises ValueError if `checkpoint`, of `step`, now belongs to another stage than it was written in.
+def load_stages(args, max_samples: dict[str, int | None]) -> list[Stage]:
+    """The rows of a training script's stages, read and checked before any training.
 
-    `ends`: the step of the run at which each stage ends. The checkpoint knows its stage by the `Best` that its run kept.
+    Args:
+        args: the script's: --stages, or --train_data_dir or --dataset_name, which are one stage.
+        max_samples: the most rows in a split, of each rating set; {"train": 100}.
+    Raises:
+        ValueError: as `read_stages` and `load_rated_images` do, and for a --group_column that the test rows have not.
     """
+    if args.stages:
+        stages = read_stages(
+            args.stages,
+            targets=args.target,
+            split_seed=args.split_seed,
+            csv_scale=tuple(args.mos_range),
+            skip_bad_images=args.skip_bad_images,
+            max_samples=max_samples,
+        )
+    else:
+        splits = load_rated_images(
+            train_data_dir=args.train_data_dir,
+            dataset_name=args.dataset_name,
+            dataset_config_name=args.dataset_config_name,
+            image_column=args.image_column,
+            prompt_column=args.prompt_column,
+            mos_column=args.mos_column,
+            mos_range=args.mos_range,
+            skip_bad_images=args.skip_bad_images,
+            max_samples=max_samples,
+            cache_dir=args.cache_dir,
+            seed=args.seed,
+        )
+        stages = [Stage(names=("ratings",), scales=(tuple(args.mos_range),), splits=splits)]
+    for stage in stages:
+        columns = stage.splits["test"].column_names
+        if args.group_column and args.group_column not in columns:
+            raise ValueError(f"--group_column {args.group_column}: expected one of {columns}.")
+    return stages
+
+
+def set_steps(stages: Sequence[Stage], samples_per_step: int, args) -> list[Stage]:
+    """`stages`, each with the steps of the run that are its own; fills in --max_train_steps from --num_train_epochs."""
+    if not args.max_train_steps:
+        steps_per_epoch = [math.ceil(len(stage.splits["train"]) / samples_per_step) for stage in stages]
+        args.max_train_steps = [epochs * steps for epochs, steps in zip(args.num_train_epochs, steps_per_epoch)]
+    ends = list(accumulate(args.max_train_steps))
+    return [replace(stage, start=start, end=end) for stage, start, end in zip(stages, [0, *ends], ends)]
+
+
+def resumed_step(checkpoint: Path | None, stages: Sequence[Stage], args) -> int:
+    """The step that `checkpoint` was written at, 0 without one.
+
+    Args:
+        stages: of the run, with their steps. args: a training script's.
+    Raises:
+        ValueError: if the run is complete, if the checkpoint now belongs to another stage than it was written in (its run
+            kept a `Best`, which knows), or if the report of a stage before it is missing.
+    """
+    if checkpoint is None:
+        return 0
+    step, ends = checkpoint_step(checkpoint), [stage.end for stage in stages]
+    if step > ends[-1] or (step == ends[-1] and Path(args.output_dir, "metrics.json").is_file()):
+        raise ValueError(f"{checkpoint} is already at step {step} of --max_train_steps {ends[-1]}.")
     written = read_run_state(checkpoint)["best"]["stage"]
-    now = next((number for number, end in enumerate(ends, start=1) if step <= end), len(ends))
+    now = next(number for number, end in enumerate(ends, start=1) if step <= end)
     if written != now:
         raise ValueError(
             f"{checkpoint} was written in stage {written} and now belongs to stage {now}, since the stages end at steps "
             f"{', '.join(map(str, ends))}: give the same --stages, --max_train_steps and --num_train_epochs as before."
         )
+    for number in range(1, now):
+        if not (report := best_folder(args, number) / "metrics.json").is_file():
+            raise ValueError(f"{checkpoint} comes after stage {number}: expected its report {report}, found none.")
+    return step
 
 
 class ScoreMaps(torch.nn.Module):
@@ -183,55 +262,3 @@ def to_scale(scores: torch.Tensor, scale: Scale, line: tuple[float, float] = (1.
     """Predictions (B,) float64 on a set's own `scale` of `scores` (B,) in (0, 1), through the set's `line`, if any."""
     (low, high), (slope, intercept) = scale, line
     return (slope * scores.double() + intercept) * (high - low) + low
-
-
-class Best:
-    """Which validation of the current stage was best so far, and the sets' maps then; part of every checkpoint.
-
-    `step` is 0 before the first validation; `value` is None until one had scores that can be ranked.
-    """
-
-    def __init__(self, stage: int = 1):
-        self.stage, self.step, self.value, self.lines = stage, 0, None, [(1.0, 0.0)]
-
-    def improve(self, step: int, measured: dict[str, dict], lines: list[tuple[float, float]]) -> bool:
-        """Whether the validation at `step` is the best so far; it is kept then, with the maps' `lines`.
-
-        What counts is (SRCC + PLCC) / 2, averaged over the sets of `measured` (name: `agreement`). The first validation
-        is the best of one, also if its scores are constant, which have no rank.
-        """
-        value = sum(metrics["srcc"] + metrics["plcc"] for metrics in measured.values()) / (2 * len(measured))
-        value = None if math.isnan(value) else value  # nothing is above nan
-        if self.step and (value is None or (self.value is not None and value <= self.value)):
-            return False
-        self.step, self.value, self.lines = step, value, lines
-        return True
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state, lines=[tuple(line) for line in state["lines"]])
-
-
-def save_evaluator(model, folder: str | Path, **kwargs) -> None:
-    """`model.save_pretrained`, beside `folder`, then renamed: `folder` is the old evaluator or the whole new one."""
-    temporary, old = Path(f"{folder}.tmp"), Path(f"{folder}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(temporary, **kwargs)
-    if Path(folder).exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def copy_evaluator(folder: str | Path, output_dir: str | Path) -> None:
-    """What is in `folder`, but for its report, to `output_dir`. A copy: a checkpoint is resumed beside its `folder`."""
-
-    def copy_file(source: str, target: str) -> None:
-        with atomic_write(target) as temporary:
-            shutil.copyfile(source, temporary)
-
-    ignore = shutil.ignore_patterns("metrics.json")
-    shutil.copytree(folder, output_dir, ignore=ignore, copy_function=copy_file, dirs_exist_ok=True)

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from acpo_utils.ratings.agreement import agreement, agreement_by_group, logistic_fit, logistic_table
-from acpo_utils.ratings.stages import Best, copy_evaluator, save_evaluator
+from acpo_utils.ratings.best import Best, copy_evaluator, save_evaluator
 
 
 def test_logistic_fit_undoes_a_logistic():

@@ -3,9 +3,8 @@
 import csv
 import json
 import math
-import runpy
 import shutil
-import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -15,18 +14,21 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from acpo_utils.evaluators import load_evaluator
+from acpo_utils.ratings.best import Best
 from acpo_utils.ratings.sets import RatingSet
 from acpo_utils.ratings.stages import (
-    Best,
     ScoreMaps,
-    check_stage,
+    Stage,
     join_sets,
     parse_stages,
     read_stages,
+    resumed_step,
+    set_steps,
     to_scale,
     value_per_stage,
 )
-from tests.scripts.test_train_iqa_ipce import SCRIPT, launch
+from tests.launching import refused, run_script
+from tests.scripts.test_train_iqa_ipce import SCRIPT
 from tests.tiny_models import build_clip_folder
 
 
@@ -107,23 +109,61 @@ def test_names_that_repeat_and_scores_that_cannot_rank(tmp_path):
         join_sets([lonely], ["alone"])
 
 
+def test_the_steps_of_each_stage():
+    """Of epochs, the last of which is filled up, or as given; samples are counted from the stage's start."""
+    stages = [Stage(("set",), ((0.0, 5.0),), {"train": [None] * rows}, number) for number, rows in ((1, 10), (2, 16))]
+    args = Namespace(max_train_steps=None, num_train_epochs=[3, 2])
+    first, second = set_steps(stages, samples_per_step=4, args=args)
+    assert (first.start, first.end, second.start, second.end) == (0, 9, 9, 17) and args.max_train_steps == [9, 8]
+    assert second.samples(9, 4) == range(0, 32) and second.samples(16, 4) == range(28, 32)
+    first, second = set_steps(
+        stages, samples_per_step=4, args=Namespace(max_train_steps=[2, 3], num_train_epochs=[3, 2])
+    )
+    assert (first.end, second.start, second.end, second.number) == (2, 2, 5, 2)
+
+
+def test_a_row_has_a_place_on_its_sets_scale():
+    both = Stage(("one", "two"), ((0.0, 5.0), (20.0, 100.0)), None)
+    assert both.target({"set": 1, "mos": 40.0}, "mos") == (1, 0.25)
+    assert Stage(("one",), ((1.0, 5.0),), None).target({"score": 4.0}, "score") == (0, 0.75)
+
+
 def test_a_checkpoint_belongs_to_the_stage_it_was_written_in(tmp_path):
+    args = Namespace(output_dir=tmp_path, stages=["a", "b"], max_train_steps=None)
+
+    def stages(*ends):
+        return [Stage((), (), None, i + 1, start, end) for i, (start, end) in enumerate(zip([0, *ends], ends))]
+
+    assert resumed_step(None, stages(4, 9), args) == 0
     for stage in (1, 2):
         step = 3 + stage
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         state = {"step": step, "settings": {}, "best": Best(stage).state_dict()}
         (checkpoint / "run_state.json").write_text(json.dumps(state))
-        check_stage(checkpoint, step, [4, 9])
-        other = [9, 12] if stage == 2 else [3, 9]
+        if stage == 2:
+            with pytest.raises(
+                ValueError, match="comes after stage 1: expected its report .*metrics.json, found none"
+            ):
+                resumed_step(checkpoint, stages(4, 9), args)
+            (tmp_path / "stage-1").mkdir()
+            (tmp_path / "stage-1/metrics.json").touch()
+        assert resumed_step(checkpoint, stages(4, 9), args) == step
+        other = (9, 12) if stage == 2 else (3, 9)
         with pytest.raises(
             ValueError,
             match=f"written in stage {stage} and now belongs to stage {3 - stage}, .* {other[0]}, {other[1]}:",
         ):
-            check_stage(checkpoint, step, other)
+            resumed_step(checkpoint, stages(*other), args)
+    with pytest.raises(ValueError, match="is already at step 5 of --max_train_steps 4"):
+        resumed_step(checkpoint, stages(3, 4), args)
+    assert resumed_step(checkpoint, stages(4, 5), args) == 5  # its report is still to come
+    (tmp_path / "metrics.json").touch()
+    with pytest.raises(ValueError, match="is already at step 5 of --max_train_steps 5"):
+        resumed_step(checkpoint, stages(4, 5), args)
     (checkpoint / "run_state.json").unlink()
     with pytest.raises(ValueError, match="has no run_state.json: it is incomplete"):
-        check_stage(checkpoint, step, [4, 9])
+        resumed_step(checkpoint, stages(4, 9), args)
 
 
 def test_the_best_validation_and_its_state():
@@ -167,7 +207,7 @@ def test_maps_start_as_the_scales_and_learn_each_sets_line():
 
 
 @pytest.mark.slow  # half a minute of processor time
-def test_script_in_stages_and_resumed(tmp_path, monkeypatch):
+def test_script_in_stages_and_resumed(tmp_path):
     """Two stages, the second of two sets; a run cut inside the second stage, and one before the first one's report, go
     on to the same weights bit for bit; a report that is there is not written anew."""
     clip = build_clip_folder(tmp_path / "clip")
@@ -179,7 +219,7 @@ def test_script_in_stages_and_resumed(tmp_path, monkeypatch):
              "--random_flip", "--report_to", "none"]
     # fmt: on
     whole = tmp_path / "whole"
-    output = launch(*flags, "--output_dir", whole)
+    output = run_script(SCRIPT, *flags, "--output_dir", whole)
     assert "stage 1: first" in output and "stage 2: first, second" in output
     assert sorted(path.name for path in whole.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 3, 4, 6, 7)]
     states = {n: load_file(whole / f"checkpoint-{n}/model.safetensors") for n in (3, 7)}
@@ -217,9 +257,7 @@ def test_script_in_stages_and_resumed(tmp_path, monkeypatch):
             (cut / "stage-1/metrics.json").unlink()
         else:
             (cut / "stage-2/metrics.json").unlink()
-        arguments = [*flags, "--output_dir", cut, "--resume_from_checkpoint", "latest"]
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")  # in this process: faster, and nothing else differs
+        run_script(SCRIPT, *flags, "--output_dir", cut, "--resume_from_checkpoint", "latest")
         resumed = load_file(cut / "checkpoint-7/model.safetensors")
         assert all(torch.equal(resumed[name], states[7][name]) for name in resumed)
         assert torch.equal(load_file(cut / "checkpoint-7/model_1.safetensors")["intercept"], maps["intercept"])
@@ -230,7 +268,5 @@ def test_script_in_stages_and_resumed(tmp_path, monkeypatch):
     (tmp_path / "cut-4/metrics.json").unlink()
     shutil.rmtree(tmp_path / "cut-4/checkpoint-7")
     flags[flags.index("--max_train_steps") + 1] = 8
-    arguments = [*flags, "--output_dir", tmp_path / "cut-4", "--resume_from_checkpoint", "latest"]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    with pytest.raises(SystemExit, match="checkpoint-6 was written in stage 2 and now belongs to stage 1"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    line = refused(SCRIPT, *flags, "--output_dir", tmp_path / "cut-4", "--resume_from_checkpoint", "latest")
+    assert "checkpoint-6 was written in stage 2 and now belongs to stage 1" in line

