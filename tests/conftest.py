@@ -56,7 +56,16 @@ def captioned_images(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def sd_flags(tiny_pipeline, tiny_guide, captioned_images, tmp_path):
+def no_estimate(monkeypatch):
+    """Before it begins, a training in this process estimates no memory: that takes three times as long as the training.
+
+    tests/training/test_memory_estimate.py tests the estimate, and that it changes nothing.
+    """
+    monkeypatch.setattr("acpo_utils.training.memory_estimate.memory_parts", lambda *_: {})
+
+
+@pytest.fixture
+def sd_flags(tiny_pipeline, tiny_guide, captioned_images, tmp_path, no_estimate):
     """The command line of a training of four steps by train_acpo_lora_sd.py, with changes; None leaves a flag out."""
     from tests.launching import command_line
 
