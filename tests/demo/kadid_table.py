@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
+
+pytest.importorskip("skimage")
+
 from distortions import DISTORTIONS
 
 

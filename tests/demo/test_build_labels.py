@@ -8,10 +8,14 @@ import sys
 
 import numpy as np
 import pytest
-from distortions import DISTORTIONS
 from PIL import Image
 
 from tests import REPOSITORY
+
+
+pytest.importorskip("skimage")
+
+from distortions import DISTORTIONS
 
 
 SCRIPT = REPOSITORY / "examples" / "demo" / "build_labels.py"

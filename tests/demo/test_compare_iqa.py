@@ -9,6 +9,7 @@ import pytest
 from tests import REPOSITORY
 
 
+pytest.importorskip("skimage")
 SCRIPT = runpy.run_path(str(REPOSITORY / "examples/demo/compare_iqa.py"))
 
 

@@ -2,6 +2,10 @@
 
 import numpy as np
 import pytest
+
+
+pytest.importorskip("skimage")
+
 from distortions import DISTORTIONS, LEVELS, UNCHANGED, distort
 from skimage import data
 

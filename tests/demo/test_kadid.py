@@ -3,12 +3,16 @@
 import importlib.util
 import sys
 
-import kadid
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Value
-from distortions import DISTORTIONS, distort
 from PIL import Image as PILImage
+
+
+pytest.importorskip("skimage")
+
+import kadid
+from distortions import DISTORTIONS, distort
 
 from tests.demo.kadid_table import write_kadid_table
 

@@ -12,6 +12,7 @@ from open_clip.model import CLIP
 from tests import REPOSITORY
 
 
+pytest.importorskip("skimage")
 SCRIPT = REPOSITORY / "examples" / "demo" / "train_clip.py"
 ROWS = [
     {"content": "fox", "style": "noto", "background": "mint"},
