@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 SEPARATOR = re.compile(r"\s*,?\s*")
 
 
-def parse_args():
+def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--region_descriptions", type=Path, required=True, help="region_descriptions.json")
@@ -34,7 +34,7 @@ def parse_args():
     add("--max_images", type=int, help="a random subset of this size; default: all")
     add("--seed", type=int, default=0, help="of the subset and of the sampled phrases")
     add("--link", choices=["hard", "symbolic"], help="link the images in place of copying them")
-    args = parser.parse_args()
+    args = parser.parse_args(input_args)
     if args.max_images is not None and args.max_images < 1:
         parser.error(f"--max_images: expected at least 1, found {args.max_images}")
     return args
@@ -99,16 +99,15 @@ def main(args):
     images = find_images(args.image_dirs)
     if args.output_dir.exists():
         raise ValueError(f"--output_dir {args.output_dir} exists: remove it or name another.")
-    captions, without_phrase, without_file = {}, 0, 0
+    captions = {}  # {image id: its caption}
+    without_phrase = without_file = 0
     for image_id, phrases in tqdm(read_region_descriptions(args.region_descriptions), desc="Reading phrases"):
         if image_id not in images:
             without_file += 1
         elif not phrases:
             without_phrase += 1
-        elif args.phrase == "longest":
-            captions[image_id] = max(phrases, key=len)
-        else:  # seeded by the image, so that its caption does not depend on which others are there
-            captions[image_id] = random.Random(f"{args.seed} {image_id}").choice(phrases)
+        else:
+            captions[image_id] = choose_phrase(phrases, image_id, args)
     if not captions:
         raise ValueError(
             f"No image of {args.region_descriptions} is in {', '.join(map(str, args.image_dirs))}: "
@@ -117,22 +116,38 @@ def main(args):
     chosen = sorted(captions)
     if args.max_images is not None and args.max_images < len(chosen):
         chosen = sorted(random.Random(args.seed).sample(chosen, args.max_images))
+    write_image_folder(chosen, images, captions, args)
+    print(
+        f"{args.output_dir}: {len(chosen)} images with a caption each. Left out: {without_file} without a file, "
+        f"{without_phrase} without a phrase, {len(captions) - len(chosen)} by --max_images."
+    )
 
-    copy = {"hard": os.link, "symbolic": lambda source, target: target.symlink_to(source.resolve())}
-    copy = copy.get(args.link, shutil.copyfile)
-    temporary = args.output_dir.with_name(f".{args.output_dir.name}.tmp")  # renamed when complete
+
+def choose_phrase(phrases, image_id, args):
+    if args.phrase == "longest":
+        return max(phrases, key=len)
+    # Seeded by the image, so that its caption does not depend on which others are there.
+    return random.Random(f"{args.seed} {image_id}").choice(phrases)
+
+
+def write_image_folder(chosen, images, captions, args):
+    """The images and metadata.jsonl, under another name until all of it is there."""
+    temporary = args.output_dir.with_name(f".{args.output_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with open(temporary / "metadata.jsonl", "w", encoding="utf-8") as metadata:
         for image_id in tqdm(chosen, desc="Linking images" if args.link else "Copying images"):
             name = f"{image_id}.jpg"
-            copy(images[image_id], temporary / name)
-            metadata.write(json.dumps({"file_name": name, "text": captions[image_id]}, ensure_ascii=False) + "\n")
+            source, target = images[image_id], temporary / name
+            if args.link == "hard":
+                os.link(source, target)
+            elif args.link == "symbolic":
+                target.symlink_to(source.resolve())
+            else:
+                shutil.copyfile(source, target)
+            row = {"file_name": name, "text": captions[image_id]}
+            metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(temporary, args.output_dir)
-    print(
-        f"{args.output_dir}: {len(chosen)} images with a caption each. Left out: {without_file} without a file, "
-        f"{without_phrase} without a phrase, {len(captions) - len(chosen)} by --max_images."
-    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ NAMED_GRIDS = {
     ),
     "table5": (DDPM, BASELINE | {"quality loss": ""}),
     "table6": (SD, BASELINE | {"quality loss": ""}),
-    "table7": (DDPM, {f"quality weight {weight}": f"--quality_weight {weight}" for weight in (0.1, 1, 10)}),
+    "table7": (
+        DDPM,
+        {f"quality weight {weight}": f"--quality_weight {weight}" for weight in (0.1, 1, 10)},
+    ),
     "table8": (
         DDPM,
         BASELINE
@@ -61,14 +64,31 @@ NAMED_GRIDS = {
             "last 10 steps": "--last_steps 10",
         },
     ),
-    "table9": (SD, BASELINE | {"without anchor": "--anchor_weight 0", "with anchor": "--anchor_weight 1"}),
-    "table10": (SD, BASELINE | {f"quality weight {weight}": f"--quality_weight {weight}" for weight in (0.1, 1, 100)}),
-    "table11": (SD, BASELINE | {f"tmax {tmax}": f"--tmax {tmax}" for tmax in (100, 300, 500, 1000)}),
+    "table9": (
+        SD,
+        BASELINE
+        | {
+            "without anchor": "--anchor_weight 0",
+            "with anchor": "--anchor_weight 1",
+        },
+    ),
+    "table10": (
+        SD,
+        BASELINE | {f"quality weight {weight}": f"--quality_weight {weight}" for weight in (0.1, 1, 100)},
+    ),
+    "table11": (
+        SD,
+        BASELINE | {f"tmax {tmax}": f"--tmax {tmax}" for tmax in (100, 300, 500, 1000)},
+    ),
     # Tables 5, 7 and 8 as one, with the anchor's part, which the paper shows for Stable Diffusion only.
     "ddpm": (
         DDPM,
         BASELINE
-        | {"last 1 step": "--last_steps 1", "last 10 steps": "--last_steps 10", "full trajectory": "--full_trajectory"}
+        | {
+            "last 1 step": "--last_steps 1",
+            "last 10 steps": "--last_steps 10",
+            "full trajectory": "--full_trajectory",
+        }
         | {f"quality weight {weight}": f"--quality_weight {weight}" for weight in (0.1, 1, 10)}
         | {"without anchor": "--anchor_weight 0"},
     ),
@@ -83,12 +103,13 @@ TAKEN = {
 }
 
 
-def parse_args():
-    own, passed_on = sys.argv[1:], []
-    if "--" in own:
-        own, passed_on = own[: own.index("--")], own[own.index("--") + 1 :]
+def parse_args(input_args=None):
+    words = list(sys.argv[1:] if input_args is None else input_args)
+    end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--script", help=f"the training script; default: that of the named grid, or {SD}")
@@ -104,12 +125,13 @@ def parse_args():
     add("--output_dir", help="default: ablations, with a named grid ablations/NAME")
     add("--dry_run", action="store_true", help="check the flags, print the commands, run nothing")
 
-    args, unknown = parser.parse_known_args(own)
+    args, unknown = parser.parse_known_args(words[:end])
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (flags of the training script go after --)")
     if args.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {args.seeds}")
-    args.passed_on = passed_on
+    args.words = words  # for the head of the table
+    args.passed_on = words[end + 1 :]
     return args
 
 
@@ -136,9 +158,15 @@ def plan(args):
     runs = []
     for seed in range(args.seeds):
         for row in rows:
-            folder = Path(args.output_dir, folder_name(row.name, seed))
-            flags = (*args.passed_on, *row.flags, "--seed", str(seed))
-            runs.append(Run(row.name, seed, folder, args.script, tuple(shlex.split(args.accelerate_flags)), flags))
+            run = Run(
+                row=row.name,
+                seed=seed,
+                folder=Path(args.output_dir, folder_name(row.name, seed)),
+                script=args.script,
+                accelerate_flags=tuple(shlex.split(args.accelerate_flags)),
+                flags=(*args.passed_on, *row.flags, "--seed", str(seed)),
+            )
+            runs.append(run)
     return rows, runs
 
 
@@ -166,26 +194,39 @@ def check(rows, runs, args):
 
 def report(rows, runs, args):
     """Writes the tables of what has finished so far. Returns their lines, {run: reason} of what failed, and the notes."""
-    metrics, failures, records = {row.name: [] for row in rows}, {}, []
+    metrics = {row.name: [] for row in rows}
+    failed = dict.fromkeys(metrics, 0)
+    failures = {}
+    records = []
     for run in runs:
         status = run_status(run)
-        record = {"row": run.row, "seed": run.seed, "folder": str(run.folder), "status": status}
+        record = {
+            "row": run.row,
+            "seed": run.seed,
+            "folder": str(run.folder),
+            "status": status,
+        }
         if status == "finished":
-            metrics[run.row].append(read_metrics(run.folder / "metrics.json"))
-            record["metrics"] = metrics[run.row][-1]
+            record["metrics"] = read_metrics(run.folder / "metrics.json")
+            metrics[run.row].append(record["metrics"])
         if status == "failed":
-            record["error"] = failures[run.folder.name] = failure(run)
+            record["error"] = failure(run)
+            failures[run.folder.name] = record["error"]
+            failed[run.row] += 1
         records.append(record)
-    failed = {row.name: sum(r["row"] == row.name and "error" in r for r in records) for row in rows}
     lines = summarise_rows(metrics, failed)
     below = ablation_notes(lines, failures)
     finished = sum(record["status"] == "finished" for record in records)
-    own = [word for word in sys.argv[1:] if word != "--dry_run"]
-    title = (
-        f"`{shlex.join(['python', 'examples/run_ablations.py', *own])}`\n\n{finished} of {len(runs)} runs finished."
-    )
-    settings = {name: value for name, value in vars(args).items() if name != "dry_run"}
-    results = {"settings": settings, "rows": [row._asdict() for row in rows], "runs": records}
+    words = [word for word in args.words if word != "--dry_run"]
+    command_line = shlex.join(["python", "examples/run_ablations.py", *words])
+    title = f"`{command_line}`\n\n{finished} of {len(runs)} runs finished."
+    settings = dict(vars(args))
+    del settings["dry_run"], settings["words"]
+    results = {
+        "settings": settings,
+        "rows": [row._asdict() for row in rows],
+        "runs": records,
+    }
     write_ablation_tables(args.output_dir, lines, title, below, results)
     return lines, failures, below
 

@@ -57,8 +57,17 @@ def plot_sweep(path: str | Path, flag: str, sweep: dict[str, list[tuple[str, str
             means, below, above = zip(*bars)
             # Intervals of several lines at one value stand side by side.
             aside = ScaledTranslation((k - (len(sweep) - 1) / 2) * 5 / 72, 0, figure.dpi_scale_trans)
-            style = {"fmt": "o-" if numbers else "o", "color": f"C{k % 10}", "capsize": 3, "markersize": 5}
-            axis.errorbar(x, means, yerr=[below, above], label=name, transform=axis.transData + aside, **style)
+            axis.errorbar(
+                x,
+                means,
+                yerr=[below, above],
+                label=name,
+                transform=axis.transData + aside,
+                fmt="o-" if numbers else "o",
+                color=f"C{k % 10}",
+                capsize=3,
+                markersize=5,
+            )
             # What is drawn aside is not counted when the limits are chosen.
             axis.update_datalim([(at, mean + end) for at, (mean, low, high) in points for end in (-low, high)])
         _label(axis, metric, lines, "y")
@@ -105,13 +114,13 @@ def _scale(axis, numbers: Sequence[float] | None) -> None:
         axis.set_xscale("symlog", linthresh=min(positive))
 
 
-def _panels(number: int, width: float, height: float, **options):
+def _panels(number: int, width: float, height: float, sharey: bool = False):
     from matplotlib.figure import Figure
 
     columns = 2 if number == 4 else min(number, 3)
     rows = -(-number // columns)
     figure = Figure(figsize=(width * columns + 0.8, height * rows + 0.5), layout="constrained", dpi=110)
-    axes = figure.subplots(rows, columns, squeeze=False, **options).flat
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat
     for axis in axes[number:]:
         axis.set_axis_off()
     return figure, axes[:number]
@@ -123,9 +132,15 @@ def _label(axis, metric: str, lines: Sequence[dict], along: str) -> None:
     axis.set_title(metric.replace("$", r"\$"), fontsize=10)
     axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
-    axis.set(**{f"{along}label": "fine-tuned minus base" if based else "mean"})
+    name = "fine-tuned minus base" if based else "mean"
+    if along == "x":
+        axis.set_xlabel(name)
+        no_change = axis.axvline
+    else:
+        axis.set_ylabel(name)
+        no_change = axis.axhline
     if based:
-        {"x": axis.axvline, "y": axis.axhline}[along](0, color="black", linewidth=0.8, linestyle="--")
+        no_change(0, color="black", linewidth=0.8, linestyle="--")
 
 
 def _shorten(text: str, length: int = 44) -> str:

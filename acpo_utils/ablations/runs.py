@@ -123,8 +123,7 @@ def execute(run: Run) -> str:
         code = _launch(words, log)
         log.seek(offset)
         error = _metrics_error(run) if code == 0 else failure_reason(log.read(), code)
-        result = {"error": error} if error else {}
-        _write_record(run, finished=error is None, seconds=round(time.monotonic() - start, 1), **result)
+        _write_record(run, finished=error is None, seconds=round(time.monotonic() - start, 1), error=error)
     return "failed" if error else "finished"
 
 
@@ -137,7 +136,12 @@ def _metrics_error(run: Run) -> str | None:
         return str(error)
 
 
-def _write_record(run: Run, **record) -> None:
+def _write_record(run: Run, finished: bool, seconds: float | None = None, error: str | None = None) -> None:
+    record = {"finished": finished}
+    if seconds is not None:
+        record["seconds"] = seconds
+    if error is not None:
+        record["error"] = error
     with atomic_write(run.folder / "run.json") as temporary:
         temporary.write_text(json.dumps(manifest(run) | record, indent=2) + "\n", encoding="utf-8")
 

@@ -105,17 +105,17 @@ def pipeline_denoising_error(
     for images in read_images(files, batch_size):
         rows = range(rows.stop, rows.stop + len(images))
         pixels = (images.to(device).float() / 127.5 - 1).to(unet.dtype)  # (B, 3, R, R) in [-1, 1]
-        conditions = ()
+        prompt_embeds = None
         if prompts is not None:
             texts = list(prompts[rows.start : rows.stop])
-            conditions = (pipeline.encode_prompt(texts, device, 1, False)[0],)  # (B, tokens, dim)  c
+            prompt_embeds = pipeline.encode_prompt(texts, device, 1, False)[0]  # (B, tokens, dim)  c
             mean_std = pipeline.vae.encode(pixels.to(pipeline.vae.dtype)).latent_dist
             sampled = mean_std.mean + mean_std.std * fixed_noise(mean_std.mean, seed, rows, MSE_TIMESTEPS)
             pixels = (sampled * pipeline.vae.config.scaling_factor).to(unet.dtype)  # (B, 4, h, w)  x0
         pixels = pixels[:, : unet.config.in_channels]  # of a model of grey images
 
-        def predict(noisy, timesteps, conditions=conditions):
-            return unet(noisy, timesteps, *conditions, return_dict=False)[0]
+        def predict(noisy, timesteps, prompt_embeds=prompt_embeds):  # an unconditional U-Net has None in their place
+            return unet(noisy, timesteps, prompt_embeds, return_dict=False)[0]
 
         errors.append(batch_denoising_error(predict, scheduler, pixels, rows, seed).cpu())
     return torch.cat(errors)

@@ -55,8 +55,12 @@ def sample_unconditional(
     with tqdm(total=num_images, desc=description) as progress:
         for start in range(0, num_images, batch_size):
             generators = [step_generator(seed, i) for i in range(start, min(start + batch_size, num_images))]
-            settings = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
-            output = pipeline(batch_size=len(generators), generator=generators, **settings)
+            output = pipeline(
+                batch_size=len(generators),
+                generator=generators,
+                num_inference_steps=num_inference_steps,
+                output_type="pt",
+            )
             images.append(image_tensor(output.images))
             progress.update(len(generators))
     return torch.cat(images)

@@ -9,8 +9,17 @@ from acpo_utils.statistics import holm, paired_comparison, win_rate_interval
 
 
 NUMBERS = (
-    *("base_mean", "finetuned_mean", "mean_difference", "std_difference", "t", "p", "p_holm"),
-    *("win_rate", "win_rate_low", "win_rate_high", "tie_rate"),
+    "base_mean",
+    "finetuned_mean",
+    "mean_difference",
+    "std_difference",
+    "t",
+    "p",
+    "p_holm",
+    "win_rate",
+    "win_rate_low",
+    "win_rate_high",
+    "tie_rate",
 )
 
 
@@ -58,10 +67,20 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
     header = ["model", "prompts", "metric", "base", "fine-tuned", "difference", "std", "t", "p (Holm)"]
     cells = [[*header, "win rate [95 %]", "n"]]
     for row in rows:
-        values = [number(row[name], ".4f") for name in ("base_mean", "finetuned_mean")]
-        values += [number(row["mean_difference"], "+.4f"), number(row["std_difference"], ".4f")]
-        values += [number(row["t"], ".2f"), number(row["p_holm"], ".2g"), win_rate(row), str(row["n"])]
-        cells.append([row["model"], row["prompts"], metric_name(row), *values])
+        line = [
+            row["model"],
+            row["prompts"],
+            metric_name(row),
+            number(row["base_mean"], ".4f"),
+            number(row["finetuned_mean"], ".4f"),
+            number(row["mean_difference"], "+.4f"),
+            number(row["std_difference"], ".4f"),
+            number(row["t"], ".2f"),
+            number(row["p_holm"], ".2g"),
+            win_rate(row),
+            str(row["n"]),
+        ]
+        cells.append(line)
     single = [column for column in (0, 1) if len({line[column] for line in cells[1:]}) <= 1]
     return [[cell for column, cell in enumerate(line) if column not in single] for line in cells]
 

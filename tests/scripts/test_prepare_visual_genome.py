@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import datasets
+import prepare_visual_genome as script
 import pytest
 from PIL import Image
 
 from acpo_utils.data import check_images, load_captioned_images
-from tests import REPOSITORY
+from tests.launching import EXAMPLES, refused, run_script
 
 
-SCRIPT = REPOSITORY / "examples" / "prepare_visual_genome.py"
+SCRIPT = EXAMPLES / "prepare_visual_genome.py"
 PHRASES = {
     1: ["the clock is green", "a very  tall\nclock tower in town", "sky"],
     2: ["a dog"],
@@ -40,10 +41,16 @@ def genome(tmp_path):
     return tmp_path
 
 
-def run(folder, *flags, images=("VG_100K", "VG_100K_2"), json_name="region_descriptions.json", output="out"):
-    command = [sys.executable, SCRIPT, "--region_descriptions", json_name, "--output_dir", output]
-    command += ["--image_dirs", *images, *map(str, flags)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+@pytest.fixture
+def flags(genome, monkeypatch):
+    """The command line, in the folder of `genome`."""
+    monkeypatch.chdir(genome)
+
+    def build(*more, images=("VG_100K", "VG_100K_2"), json_name="region_descriptions.json", output="out"):
+        words = ["--region_descriptions", json_name, "--output_dir", output, "--image_dirs", *images]
+        return [*words, *map(str, more)]
+
+    return build
 
 
 def captions(folder) -> dict[str, str]:
@@ -53,10 +60,9 @@ def captions(folder) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("link", [None, "hard", "symbolic"])
-def test_longest_phrase_of_each_image_and_the_result_loads(genome, link):
-    result = run(genome, "--phrase", "longest", *(["--link", link] if link else []))
-    assert result.returncode == 0, result.stderr
-    assert "4 images" in result.stdout and "1 without a file, 1 without a phrase" in result.stdout
+def test_longest_phrase_of_each_image_and_the_result_loads(genome, flags, link):
+    out = run_script(SCRIPT, *flags("--phrase", "longest", *(["--link", link] if link else [])))
+    assert "4 images" in out and "1 without a file, 1 without a phrase" in out
     expected = {
         "1.jpg": "a very tall clock tower in town",
         "2.jpg": "a dog",
@@ -75,10 +81,10 @@ def test_longest_phrase_of_each_image_and_the_result_loads(genome, link):
     assert {row["text"]: row["image"].size for row in rows} == dict.fromkeys(expected.values(), (24, 16))
 
 
-def test_sampled_phrases_depend_on_the_seed_and_the_image_alone(genome):
-    def sampled(seed, *flags):
-        output = f"out-{seed}-{len(flags)}"
-        assert run(genome, "--seed", seed, *flags, output=output).returncode == 0
+def test_sampled_phrases_depend_on_the_seed_and_the_image_alone(genome, flags):
+    def sampled(seed, *more):
+        output = f"out-{seed}-{len(more)}"
+        run_script(SCRIPT, *flags("--seed", seed, *more, output=output))
         return captions(genome / output)
 
     runs = [sampled(seed) for seed in range(5)]
@@ -90,7 +96,7 @@ def test_sampled_phrases_depend_on_the_seed_and_the_image_alone(genome):
     assert len(subset) == 2 and subset.items() <= runs[0].items()
 
 
-def test_errors_are_one_line_and_leave_no_output(genome):
+def test_errors_are_one_line_and_leave_no_output(genome, flags):
     (genome / "empty").mkdir()
     text = (genome / "region_descriptions.json").read_text()
     (genome / "cut.json").write_text(text[: text.index("two cups")])
@@ -108,9 +114,16 @@ def test_errors_are_one_line_and_leave_no_output(genome):
         ({"images": ["empty"]}, "expected IMAGE_ID.jpg files in empty"),
         ({"output": "VG_100K"}, "--output_dir VG_100K exists"),
     ]:
-        result = run(genome, **options)
-        lines = [line for line in result.stderr.splitlines() if line and "Reading phrases" not in line]
-        assert result.returncode == 1 and len(lines) == 1 and message in lines[0], (options, result.stderr)
-    result = run(genome, "--max_images", 0)
-    assert result.returncode == 2 and "--max_images: expected at least 1" in result.stderr
+        assert message in refused(SCRIPT, *flags(**options)), options
+    assert "--max_images: expected at least 1" in refused(SCRIPT, *flags("--max_images", 0))
     assert not (genome / "out").exists() and not (genome / ".out.tmp").exists()
+
+
+def test_the_command(genome, flags):
+    """The script in a process of its own."""
+    done = subprocess.run([sys.executable, SCRIPT, *flags()], cwd=genome, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 images with a caption each" in done.stdout, done.stderr
+    assert refused(SCRIPT, *flags()) == "error: --output_dir out exists: remove it or name another."
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args(flags("--max_images", 0))
+    assert stopped.value.code == 2
