@@ -57,7 +57,7 @@ def test_what_is_refused(tmp_path, tiny_pipeline):
     for path, reason in (
         (tmp_path / "nowhere", "nowhere"),
         (tiny_pipeline, "it is a StableDiffusionPipeline"),
-        (damaged, "missing keys"),
+        (damaged, "missing tensors"),
         (gray, "square RGB images, found 1 channels in"),
         (pickled, "safetensors"),
     ):

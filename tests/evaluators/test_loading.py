@@ -241,7 +241,7 @@ def test_wrong_folders(folder, tmp_path):
 
     path = variant("incomplete")
     save_file({k: v for k, v in weights.items() if k != "bias"}, path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="1 missing keys, e.g. bias"):
+    with pytest.raises(ValueError, match="1 missing tensors, e.g. bias"):
         load_evaluator(str(path))
     path = variant("cut")
     whole = (path / "diffusion_pytorch_model.safetensors").read_bytes()

@@ -119,5 +119,5 @@ def test_save_and_load(model, tmp_path):
     weights = load_file(file)
     del weights["image_encoder.1.running_var"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="1 missing keys, e.g. image_encoder.1.running_var"):
+    with pytest.raises(ValueError, match="1 missing tensors, e.g. image_encoder.1.running_var"):
         TwoStreamIQA.from_pretrained(tmp_path)
