@@ -50,7 +50,6 @@ COMPUTED = {  # another way to the same numbers, but for rounding
     "cache_dir",
     "cache_latents",
     "dataloader_num_workers",
-    "preprocessing_num_workers",
     "gradient_checkpointing",
     "decode_batch_size",
     "torch_compile",
@@ -58,18 +57,25 @@ COMPUTED = {  # another way to the same numbers, but for rounding
 MAY_DIFFER = LENGTH | MEASURED | WRITTEN | COMPUTED
 
 
-def training_settings(args) -> dict:
-    """The settings that make the run what it is, as JSON has them: all of `args` but those that may differ."""
-    settings = json.loads(json.dumps(vars(args)))
-    may_differ = MAY_DIFFER
-    if settings.get("late_start") != "rollout":  # then they are of validation alone
-        may_differ = may_differ | {"num_inference_steps", "guidance_scale"}
-    if "validation_data_dir" in settings and settings["validation_data_dir"] is None:
-        may_differ = may_differ - {
-            "validation_data_dir",
-            "num_validation_images",
-        }  # the images held out are not trained on
-    return {name: value for name, value in settings.items() if name not in may_differ}
+def changed_settings(saved: dict, settings: dict) -> list[str]:
+    """The names of those that both runs have, that are not the same in both, and that have to be: `MAY_DIFFER`.
+
+    Args:
+        saved, settings: of the interrupted and of the resumed run, as JSON has them.
+    """
+    may_differ = _may_differ(saved) & _may_differ(settings)
+    return [name for name in settings if name in saved and saved[name] != settings[name] and name not in may_differ]
+
+
+def _may_differ(settings: dict) -> set[str]:
+    names = MAY_DIFFER
+    if settings.get("late_start") == "data":  # the training samples nothing: these are of validation alone
+        names = names | {"num_inference_steps"}
+        if not settings.get("scored_guidance"):
+            names = names | {"guidance_scale"}
+    if settings.get("validation_data_dir", "") is None:  # the images held out are taken from the training's
+        names = names - {"validation_data_dir", "num_validation_images"}
+    return names
 
 
 class RunState:
@@ -85,7 +91,10 @@ class RunState:
 
     def __init__(self, accelerator, args, checkpoint: Path | None = None):
         self.accelerator, self.checkpoint = accelerator, checkpoint
-        self.settings = training_settings(args)
+        settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
+        # A launcher's configuration counts where the flag is left out.
+        settings["mixed_precision"] = accelerator.mixed_precision
+        self.settings = json.loads(json.dumps(settings))
         self.skipped_steps = self.skipped_in_a_row = 0
         self.parts = {}
         if checkpoint is not None:
@@ -94,9 +103,8 @@ class RunState:
         accelerator.register_load_state_pre_hook(self._load)
 
     def _check_settings(self, saved: dict) -> None:
-        different = [name for name in self.settings if name in saved and saved[name] != self.settings[name]]
-        if different:
-            found = ", ".join(f"--{name} {saved[name]} (now {self.settings[name]})" for name in different)
+        if changed := changed_settings(saved, self.settings):
+            found = ", ".join(f"--{name} {saved[name]} (now {self.settings[name]})" for name in changed)
             raise ValueError(
                 f"{self.checkpoint} is of a run with {found}: resume with the same settings, or start a new run from its "
                 "weights in another --output_dir."
@@ -135,6 +143,10 @@ class RunState:
 
     def _load(self, models: list, input_dir: str) -> None:
         state = read_run_state(input_dir)
+        if missing := {"skipped_steps", "skipped_in_a_row", *self.parts} - state.keys():
+            raise ValueError(
+                f"{input_dir} is of another kind of run: {RUN_STATE} has no {', '.join(sorted(missing))}."
+            )
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
