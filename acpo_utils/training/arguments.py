@@ -26,13 +26,19 @@ AT_LEAST = {
     "max_grad_norm": 0,  # 0: no clipping
     "rank": 1,
     "seed": 0,
-    # of what
+    # what, and of what
+    "widths": 1,
+    "fusion_width": 1,
+    "num_crops": 1,
+    "eval_num_crops": 1,
+    "lock_image_unlocked_groups": 0,
+    "lock_text_unlocked_layers": 0,
+    "split_seed": 0,
     "resolution": 1,
     "max_train_samples": 1,
     "max_validation_samples": 2,
     "max_test_samples": 2,
     "dataloader_num_workers": 0,
-    "preprocessing_num_workers": 1,
     # ACPO
     "tmax": 1,
     "last_steps": 1,

@@ -122,8 +122,9 @@ def _set_aside(output_dir: Path, args) -> None:
     """The results of an earlier run go to `output_dir/previous-N`, so that they do not stand beside the new one's."""
     if not (output_dir / "args.json").is_file():  # whatever lies there is of no run
         return
-    inputs = [value for value in vars(args).values() if isinstance(value, str) and value != args.output_dir]
-    kept = {Path(value.rpartition(":")[2]).resolve() for value in inputs}
+    given = [value for name, value in vars(args).items() if name != "output_dir"]
+    inputs = [value for values in given for value in (values if isinstance(values, list) else [values])]
+    kept = {Path(value.rpartition(":")[2]).resolve() for value in inputs if isinstance(value, str)}
     if output_dir.resolve() in kept:  # the run begins from what lies there
         return
     found = sorted(path for pattern in RESULTS for path in output_dir.glob(pattern) if path.resolve() not in kept)
