@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from acpo_utils.randomness import batch_randint, batch_randn, own_batches, shared_generator, step_generator
+from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator, step_generator
 
 
 def process(rank, num_processes, accumulation=1):
@@ -43,7 +43,7 @@ def test_one_process_draws_what_its_generator_does():
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_samples_put_together_are_those_of_one_process(accumulation):
-    shares = [list(own_batches(2, 5, 4, process(rank, 2, accumulation))) for rank in range(2)]
-    one = list(own_batches(2, 5, 8, process(0, 1, accumulation)))
+    shares = [list(process_batches(2, 5, 4, process(rank, 2, accumulation))) for rank in range(2)]
+    one = list(process_batches(2, 5, 8, process(0, 1, accumulation)))
     assert [[*first, *second] for first, second in zip(*shares)] == [list(batch) for batch in one]
     assert len(one) == 3 * accumulation and one[0][0] == 2 * 8 * accumulation

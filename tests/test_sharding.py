@@ -14,8 +14,8 @@ from acpo_utils.sharding import (
     SHARDED_STATE,
     check_deepspeed_pickle,
     configure_sharding,
+    full_weights,
     prepare,
-    whole_weights,
 )
 from tests.test_checkpoints import lora_unet, training
 
@@ -99,7 +99,7 @@ def test_without_sharding_nothing_changes():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
     prepared = prepare(accelerator, unet, optimizer, schedule)
     assert prepared[0] is unet and unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    with whole_weights(accelerator, unet):
+    with full_weights(accelerator, unet):
         assert all(type(parameter) is torch.nn.Parameter for parameter in unet.parameters())
 
 

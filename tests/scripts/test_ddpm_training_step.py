@@ -2,21 +2,16 @@
 
 import argparse
 import copy
-import importlib.util
 
 import pytest
 import torch
+import train_acpo_ddpm as script
 from diffusers import DDPMScheduler
 
 from acpo_utils.evaluators import TwoStreamIQA
 from acpo_utils.randomness import step_generator
-from tests import REPOSITORY
 from tests.tiny_models import tiny_unet2d
 
-
-spec = importlib.util.spec_from_file_location("train_acpo_ddpm", REPOSITORY / "examples" / "train_acpo_ddpm.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 
 DEFAULTS = {
     "rank": 2,
@@ -30,6 +25,8 @@ DEFAULTS = {
     "late_start": "data",
     "late_steps": 1,
     "late_backprop_steps": None,
+    "guide_perturbation": 0.0,
+    "guide_clean_weight": 0.5,
     "gradient_checkpointing": False,
     "snr_gamma": None,
     "ddpm_num_inference_steps": 5,
@@ -65,8 +62,9 @@ def world(request):
 
     def step(scheduler=None, position=0, **changes):
         args = argparse.Namespace(**(DEFAULTS | changes))
-        models = (unet, base_unet, evaluator, scheduler or DDPMScheduler())
-        return script.training_step(batch, *models, step_generator(0, position), args)
+        return script.training_step(
+            batch, unet, base_unet, evaluator, scheduler or DDPMScheduler(), step_generator(0, position), args
+        )
 
     return argparse.Namespace(
         step=step, unet=unet, base_unet=base_unet, evaluator=evaluator, kind=request.param, x0=batch["pixel_values"]

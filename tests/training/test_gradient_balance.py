@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from acpo_utils.training.gradient_balance import BUCKETS, FLOOR, PATIENCE, Balance
+from acpo_utils.training.gradient_balance import BUCKETS, FLOOR, PATIENCE, GradientBalance
 from acpo_utils.training.run import mean_terms
 
 
@@ -38,7 +38,7 @@ def norm_by_hand(weights, loss):
 
 def test_norms_and_shares(model):
     weights, terms = model
-    logs = Balance(Accelerator(cpu=True), weights, tmax=100).measure(terms(), 1.0, 10.0, 0.5, step=1)
+    logs = GradientBalance(Accelerator(cpu=True), weights, tmax=100, every=1).measure(terms(), 1.0, 10.0, 0.5, step=1)
     exact = terms(torch.float64)
     expected = {
         name: weight * norm_by_hand(weights, exact[name])
@@ -53,20 +53,20 @@ def test_norms_and_shares(model):
 def test_the_guides_gradient_by_timestep(model):
     weights, terms = model
     values = terms()
-    logs = Balance(Accelerator(cpu=True), weights, tmax=100).measure(values, 1.0, 1.0, 0.1, step=1)
+    logs = GradientBalance(Accelerator(cpu=True), weights, tmax=100, every=1).measure(values, 1.0, 1.0, 0.1, step=1)
     exact = terms(torch.float64)
     for window, rows in {"0_to_24": [0, 1, 7], "25_to_49": [2, 3], "50_to_74": [4], "75_to_99": [5, 6]}.items():
         expected = norm_by_hand(weights, (1 - exact["score"][rows]).mean())
         assert logs[f"balance/quality_grad_norm_t_{window}"] == pytest.approx(expected, rel=1e-5)
     values["late_timesteps"] = torch.full((8,), 60)  # a bucket that the batch does not reach has no number
-    logs = Balance(Accelerator(cpu=True), weights, tmax=100).measure(values, 1.0, 1.0, 0.1, step=1)
+    logs = GradientBalance(Accelerator(cpu=True), weights, tmax=100, every=1).measure(values, 1.0, 1.0, 0.1, step=1)
     assert [name for name in logs if "_t_" in name] == ["balance/quality_grad_norm_t_50_to_74"]
 
 
 @pytest.mark.parametrize("tmax", [1, 3, 10, 101, 1000])
 def test_every_timestep_has_its_bucket(model, tmax):
     weights, terms = model
-    balance = Balance(Accelerator(cpu=True), weights, tmax)
+    balance = GradientBalance(Accelerator(cpu=True), weights, tmax, every=1)
     seen = set()
     for timestep in {0, tmax // 2, tmax - 1}:
         values = terms() | {"late_timesteps": torch.full((8,), timestep)}
@@ -85,7 +85,7 @@ def test_the_training_goes_on_as_if_nothing_had_been_measured(model):
     for weight in weights:
         weight.grad = None
     state, measured = torch.get_rng_state(), terms()
-    Balance(Accelerator(cpu=True), weights, 100).measure(measured, 1.0, 0.0, 1.0, step=1)
+    GradientBalance(Accelerator(cpu=True), weights, 100, every=1).measure(measured, 1.0, 0.0, 1.0, step=1)
     assert all(weight.grad is None for weight in weights) and torch.equal(torch.get_rng_state(), state)
     (measured["loss_diffusion"] + measured["loss_quality"]).backward()
     assert all(grad is weight.grad or torch.equal(grad, weight.grad) for grad, weight in zip(expected, weights))
@@ -93,11 +93,11 @@ def test_the_training_goes_on_as_if_nothing_had_been_measured(model):
 
 def test_a_term_without_a_share_is_named_once(model, caplog):
     weights, terms = model
-    balance = Balance(Accelerator(cpu=True), weights, 100)
+    balance = GradientBalance(Accelerator(cpu=True), weights, 100, every=1)
     with caplog.at_level(logging.WARNING):
         for step in range(1, PATIENCE):
             balance.measure(terms(), 1.0, 1.0, 1e-6, step)
-        resumed = Balance(Accelerator(cpu=True), weights, 100)
+        resumed = GradientBalance(Accelerator(cpu=True), weights, 100, every=1)
         resumed.load_state_dict(balance.state_dict())
         assert not caplog.records
         logs = resumed.measure(terms(), 1.0, 1.0, 1e-6, PATIENCE)
