@@ -20,6 +20,7 @@ DISTRIBUTIONS = {
 }
 THROUGH = {
     "psutil": "accelerate",
+    "pandas": "datasets",
     "pyarrow": "datasets",
     "tokenizers": "transformers",
     "yaml": "accelerate",

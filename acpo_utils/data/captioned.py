@@ -1,15 +1,17 @@
 """Captioned images: everything is checked before training, and item n depends on (seed, n) alone."""
 
+import glob
 import logging
+import os
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 
+from acpo_utils.data.image_folder import row_of
+from acpo_utils.data.local_data import open_local, reason
 from acpo_utils.data.pictures import check_images, fit_image, read_image, to_rgb  # noqa: F401
-from acpo_utils.data.text_files import read_json_lines
-from acpo_utils.files import one_line
 from acpo_utils.randomness import EpochOrder
 
 
@@ -27,11 +29,11 @@ def load_captioned_images(
     seed: int = 0,
     split: str = "train",
 ) -> datasets.Dataset:
-    """Opens a data set of the hub (`dataset_name`), or a local folder or parquet file (`train_data_dir`).
+    """Opens a data set of the hub (`dataset_name`), or a local folder or file (`train_data_dir`).
 
-    A folder holds images with a `metadata.jsonl` (`file_name` and the caption column), or parquet files named after
-    their split (`train.parquet`, `train-*.parquet`, `data/train-*.parquet`). `max_train_samples` takes a random
-    subset chosen by `seed`. `image_column` None: "image", or "img" if there is only that (CIFAR-10). `caption_column`
+    A folder holds images with a metadata.jsonl, .csv or .parquet (`file_name` and the caption column) or with a .txt
+    beside each; or parquet files named after their split (`train.parquet`, `train-*.parquet`, `data/train-*.parquet`);
+    or what `save_to_disk` wrote. A file is a parquet file, or that metadata. `max_train_samples` takes a random subset chosen by `seed`. `image_column` None: "image", or "img" if there is only that (CIFAR-10). `caption_column`
     None: images alone will do. The image column comes undecoded, as rows of {"bytes", "path"}, so that a file that
     cannot be read can be named (`check_images`).
 
@@ -42,29 +44,42 @@ def load_captioned_images(
         found = "neither" if dataset_name is None else "both"
         raise ValueError(f"Expected one of --dataset_name and --train_data_dir, found {found}: give exactly one.")
     source = dataset_name or train_data_dir
-    if dataset_name is not None:
-        arguments = {"path": dataset_name, "name": dataset_config_name}
+    if train_data_dir is not None:
+        dataset = open_local(
+            Path(train_data_dir),
+            split=split,
+            image_column=image_column,
+            caption_column=caption_column,
+            cache_dir=cache_dir,
+        )
     else:
-        arguments = _local_files(Path(train_data_dir), split)
-    try:
-        dataset = datasets.load_dataset(**arguments, split=split, cache_dir=cache_dir)
-    except Exception as error:  # datasets raises a dozen unrelated types here; the reader needs the sentence
-        expected = "" if dataset_name else " Expected images with a metadata.jsonl, or parquet files."
-        raise ValueError(f"Data set {source} ({split}) cannot be loaded: {_reason(error)}{expected}") from error
+        if Path(dataset_name).is_dir() and glob.has_magic(os.path.abspath(dataset_name)):
+            raise ValueError(
+                f"--dataset_name {dataset_name}: give a folder with [, * or ? in its path as --train_data_dir."
+            )
+        try:
+            dataset = datasets.load_dataset(dataset_name, name=dataset_config_name, split=split, cache_dir=cache_dir)
+        except Exception as error:  # datasets raises a dozen unrelated types here; the reader needs the sentence
+            raise ValueError(f"Data set {dataset_name} ({split}) cannot be loaded: {reason(error)}") from error
 
     if image_column is None:
         image_column = "img" if "img" in dataset.column_names and "image" not in dataset.column_names else "image"
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column is not None and column not in dataset.column_names:
             found = ", ".join(dataset.column_names)
-            raise ValueError(f"{flag} {column}: data set {source} has no such column, it has: {found}.")
+            hint = ""
+            if found == "image" and train_data_dir is not None:
+                hint = (
+                    " Captions are read from a metadata.jsonl, .csv or .parquet, or from a .txt beside each picture."
+                )
+            raise ValueError(f"{flag} {column}: data set {source} has no such column, it has: {found}.{hint}")
     feature = dataset.features[image_column]
     if not isinstance(feature, datasets.Image) and not (
         isinstance(feature, dict) and {"bytes", "path"} == set(feature)
     ):
         raise ValueError(f"--image_column {image_column} of {source}: expected images, found {_kind(feature)}.")
     if caption_column is not None:
-        _check_captions(dataset, caption_column, source)
+        _check_captions(dataset, image_column, caption_column, source)
 
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     dataset.info.description = str(source)  # for the messages of check_images()
@@ -73,7 +88,7 @@ def load_captioned_images(
     return dataset
 
 
-def _check_captions(dataset: datasets.Dataset, caption_column: str, source: str) -> None:
+def _check_captions(dataset: datasets.Dataset, image_column: str, caption_column: str, source: str) -> None:
     feature = dataset.features[caption_column]
     feature = feature.feature if isinstance(feature, datasets.List) else feature  # several captions for one image
     if _kind(feature) not in ("string", "large_string"):
@@ -82,37 +97,16 @@ def _check_captions(dataset: datasets.Dataset, caption_column: str, source: str)
         captions = dataset[caption_column][:]
     except UnicodeDecodeError as error:  # parquet files are read without a look at their text
         raise ValueError(f"--caption_column {caption_column} of {source}: expected UTF-8, {error.reason}.") from error
-    if missing := sum(text is None or isinstance(text, list) and (not text or None in text) for text in captions):
-        raise ValueError(f"--caption_column {caption_column} of {source}: {missing} of {len(dataset)} rows are empty.")
-
-
-def _local_files(path: Path, split: str) -> dict:
-    """Arguments of `load_dataset` for a local parquet file, a folder of parquet files, or an image folder."""
-    if path.is_file() and path.suffix == ".parquet":
-        return {"path": "parquet", "data_files": {split: str(path)}}
-    if not path.is_dir():
-        raise ValueError(f"--train_data_dir {path}: expected a folder or a .parquet file, found nothing there.")
-    if found := sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-        files = [str(file) for file in found if file.stem == split or file.stem.startswith(f"{split}-")]
-        if not files:
-            names = ", ".join(file.name for file in found)
-            raise ValueError(f"--train_data_dir {path}: expected {split}.parquet or {split}-*.parquet, found {names}.")
-        return {"path": "parquet", "data_files": {split: files}}
-    for metadata in path.rglob("metadata.jsonl"):  # pyarrow names no file, and a line `null` ends the process
-        for number, row in read_json_lines(metadata):
-            if not isinstance(row, dict):
-                raise ValueError(f"{metadata}, row {number}: expected an object with file_name, found {row!r}.")
-    return {"path": "imagefolder", "data_files": {split: str(path / "**")}}
-
-
-def _reason(error: BaseException) -> str:
-    error = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing; its cause does
-    text = one_line(error) or type(error).__name__
-    if "corresponds to no data" in text:
-        text = "it is empty."
-    if "scripts are no longer supported" in text:
-        text += " Turn it into an image folder first (for Visual Genome: examples/prepare_visual_genome.py)."
-    return text
+    empty = [text is None or isinstance(text, list) and (not text or None in text) for text in captions]
+    if any(empty):
+        number = empty.index(True)
+        cell = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))[number]
+        first = row_of(source, (cell[image_column] or {}).get("path")) or f"row {number + 1}"
+        words = "" if os.path.exists(source) else " (None, NA, null and nan in a csv of the hub count as empty)"
+        raise ValueError(
+            f"--caption_column {caption_column} of {source}: {sum(empty)} of {len(dataset)} rows are empty, the first: "
+            f"{first}{words}."
+        )
 
 
 def _kind(feature) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from acpo_utils.data.image_folder import row_of
 from acpo_utils.files import one_line
 
 
@@ -118,7 +119,12 @@ def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = list(tqdm(pool.map(problem, range(len(images))), total=len(images), desc="Checking images"))
     bad = [text for text in problems if text is not None]
-    first = f"{bad[0]}, in {dataset.info.description or 'the images given'}" if bad else ""
+    first = ""
+    if bad:
+        source = dataset.info.description or "the images given"
+        path = (images[problems.index(bad[0])][image_column] or {}).get("path")
+        row = row_of(source, path) if path and not os.path.lexists(path) else None
+        first = f"{bad[0]}, in {row or source}"
     if bad and not skip_bad_images:
         raise ValueError(
             f"{len(bad)} of {len(problems)} images cannot be read, the first: {first}. "
