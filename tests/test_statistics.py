@@ -107,7 +107,7 @@ def test_constant_prediction_has_no_correlation_and_no_warning():
     "first, second, message",
     [
         ([1.0, 2.0], [1.0, 2.0, 3.0], "same length"),
-        ([1.0], [2.0], "at least 2"),
+        ([], [], "at least"),
         ([1.0, float("nan")], [1.0, 2.0], "1 values that are not finite"),
         ([1.0, 2.0], [float("inf"), 2.0], "not finite"),
         ([[1.0, 2.0]], [[1.0, 2.0]], "same length"),
@@ -116,6 +116,16 @@ def test_constant_prediction_has_no_correlation_and_no_warning():
 def test_bad_input(function, first, second, message):
     with pytest.raises(ValueError, match=message):
         function(first, second)
+
+
+def test_one_pair_is_compared_without_a_test_and_correlates_with_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = paired_comparison([1.0], [2.5])
+    assert (result["n"], result["mean_difference"], result["win_rate"]) == (1, 1.5, 1.0)
+    assert all(math.isnan(result[name]) for name in ("std_difference", "t", "p"))
+    with pytest.raises(ValueError, match="at least 2"):
+        correlation([1.0], [2.0])
 
 
 # The paper's table 3, n from its t = difference / (std / sqrt(n)): 200 prompts, and 66 of PartiPrompts.
