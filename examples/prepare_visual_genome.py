@@ -20,6 +20,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from acpo_utils.data.text_files import read_text
+
 
 SEPARATOR = re.compile(r"\s*,?\s*")
 
@@ -47,10 +49,7 @@ def read_region_descriptions(path: Path) -> Iterator[tuple[int, list[str]]]:
     """
     if not path.is_file():
         raise ValueError(f"--region_descriptions {path}: expected the file region_descriptions.json, found none.")
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found an undecodable byte at {error.start}.") from error
+    text = read_text(path).strip()
     if not text.startswith("["):
         raise ValueError(f"{path}: expected a list of images, found {text[:20]!r} at the beginning.")
     decoder = json.JSONDecoder()
@@ -86,9 +85,12 @@ def find_images(folders: list[Path]) -> dict[int, Path]:
     """IMAGE_ID -> file, over all folders."""
     images = {}
     for folder in folders:
+        if folder.is_file():
+            raise ValueError(f"--image_dirs {folder}: expected a folder, found a file: unpack it and name its folder.")
         if not folder.is_dir():
             raise ValueError(f"--image_dirs: expected the folder {folder} with IMAGE_ID.jpg files, found none.")
-        files = {int(file.stem): file for file in folder.glob("*.jpg") if file.stem.isdecimal()}
+        pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".jpg")
+        files = {int(file.stem): file for file in pictures if file.stem.isdecimal()}
         if not files:
             raise ValueError(f"--image_dirs: expected IMAGE_ID.jpg files in {folder}, found none.")
         images |= files
@@ -97,11 +99,13 @@ def find_images(folders: list[Path]) -> dict[int, Path]:
 
 def main(args):
     images = find_images(args.image_dirs)
+    without_entry = set(images)
     if args.output_dir.exists():
         raise ValueError(f"--output_dir {args.output_dir} exists: remove it or name another.")
     captions = {}  # {image id: its caption}
     without_phrase = without_file = 0
     for image_id, phrases in tqdm(read_region_descriptions(args.region_descriptions), desc="Reading phrases"):
+        without_entry.discard(image_id)
         if image_id not in images:
             without_file += 1
         elif not phrases:
@@ -119,7 +123,8 @@ def main(args):
     write_image_folder(chosen, images, captions, args)
     print(
         f"{args.output_dir}: {len(chosen)} images with a caption each. Left out: {without_file} without a file, "
-        f"{without_phrase} without a phrase, {len(captions) - len(chosen)} by --max_images."
+        f"{without_phrase} without a phrase, {len(without_entry)} without an entry in {args.region_descriptions.name}, "
+        f"{len(captions) - len(chosen)} by --max_images."
     )
 
 

@@ -119,6 +119,27 @@ def test_errors_are_one_line_and_leave_no_output(genome, flags):
     assert not (genome / "out").exists() and not (genome / ".out.tmp").exists()
 
 
+def test_archives_are_named(genome, flags):
+    """Both downloads are one, and the folders' names are easily taken for the files'."""
+    for name in ("regions.json.zip", "images.zip"):
+        (genome / name).write_bytes(b"PK\3\4")
+    message = refused(SCRIPT, *flags(json_name="regions.json.zip"))
+    assert "regions.json.zip: expected UTF-8 text, found a zip archive: unpack it" in message
+    message = refused(SCRIPT, *flags(images=["images.zip"]))
+    assert "--image_dirs images.zip: expected a folder, found a file: unpack it" in message
+
+
+def test_brackets_links_and_capitals(genome, flags):
+    (genome / "VG_100K_2" / "713.jpg").rename(genome / "VG_100K_2" / "713.JPG")
+    (genome / "VG_100K").rename(genome / "far")
+    (genome / "VG [1]").symlink_to(genome / "far", target_is_directory=True)
+    out = run_script(SCRIPT, *flags(images=("VG [1]", "VG_100K_2"), output="out [1]"))
+    assert captions(genome / "out [1]").keys() == {"1.jpg", "2.jpg", "713.jpg", "2409.jpg"}
+    assert "1 without an entry in region_descriptions.json, 0 by --max_images" in out
+    rows = load_captioned_images(train_data_dir=str(genome / "out [1]"))
+    assert len(check_images(rows, "image")) == 4
+
+
 def test_the_command(genome, flags):
     """The script in a process of its own."""
     done = subprocess.run([sys.executable, SCRIPT, *flags()], cwd=genome, capture_output=True, text=True)
