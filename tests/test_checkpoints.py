@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from acpo_utils.checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
+from acpo_utils.checkpoints import (
+    catch_signals,
+    checkpoint_or_stop,
+    checkpoint_step,
+    find_checkpoint,
+    release_signals,
+    save_checkpoint,
+)
 from acpo_utils.files import atomic_write
 from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config, register_lora_hooks, save_lora
 from tests import REPOSITORY
@@ -258,15 +267,16 @@ def test_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, complete_c
     assert "\n" not in str(error.value)
 
 
-def test_find_checkpoint_names_paths_and_absence(tmp_path, complete_checkpoint, monkeypatch):
+def test_find_checkpoint_names_paths_and_absence(tmp_path, complete_checkpoint, caplog):
     folder = complete_checkpoint.parent
     assert find_checkpoint(tmp_path, None) is None
     with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run"):
         find_checkpoint(folder, None)
     assert find_checkpoint(folder, "checkpoint-3") == complete_checkpoint
     assert find_checkpoint(tmp_path, str(complete_checkpoint)) == complete_checkpoint
-    with pytest.raises(ValueError, match="expected checkpoint-N folders in .* found none"):
-        find_checkpoint(tmp_path, "latest")
+    assert find_checkpoint(tmp_path, "latest") is None and "no checkpoint-N in" in caplog.text, (
+        "a new run, which is said"
+    )
     with pytest.raises(ValueError, match="checkpoint-9.* found neither"):
         find_checkpoint(folder, "checkpoint-9")
     with pytest.raises(ValueError, match="is of 1 process"):
@@ -285,6 +295,42 @@ def test_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(path.parent) == ["metrics.json"]
+
+
+@pytest.fixture
+def signals():
+    """pytest has a handler of its own, which is put back."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_at_the_end_of_the_step_and_stops_the_run(tmp_path, signals, number):
+    accelerator, *_ = training(tmp_path)
+    catch_signals(accelerator)
+    checkpoint_or_stop(accelerator, tmp_path, 1, due=False, total_limit=None)
+    assert not list(tmp_path.iterdir())
+    os.kill(os.getpid(), number)
+    with pytest.raises(SystemExit) as stopped:
+        checkpoint_or_stop(accelerator, tmp_path, 2, due=False, total_limit=None)
+    assert stopped.value.code == 143 and find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, signals):
+    accelerator, *_ = training(tmp_path)
+    catch_signals(accelerator)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # a handler runs between two instructions of Python
+    release_signals()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
 
 
 TWO_PROCESSES = """

@@ -1,23 +1,18 @@
 """The script's `training_step` on tiny real models: what trains, what stays, what the evaluator sees."""
 
 import argparse
-import importlib.util
 
 import pytest
 import torch
+import train_acpo_lora_sd as script
 from peft import LoraConfig
 from transformers import CLIPTextModel
 
 from acpo_utils.evaluators import load_evaluator
 from acpo_utils.randomness import step_generator
 from acpo_utils.stable_diffusion import compile_models
-from tests import REPOSITORY
 from tests.tiny_models import tiny_scheduler, tiny_taesd, tiny_tokenizer, tiny_unet, tiny_vae
 
-
-spec = importlib.util.spec_from_file_location("train_acpo_lora_sd", REPOSITORY / "examples" / "train_acpo_lora_sd.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 
 DEFAULTS = {
     "tmax": 100,
@@ -28,11 +23,15 @@ DEFAULTS = {
     "late_start": "data",
     "late_steps": 1,
     "late_backprop_steps": None,
+    "guide_perturbation": 0.0,
+    "guide_clean_weight": 0.5,
+    "scored_guidance": False,
     "decode": "full",
     "decode_batch_size": None,
     "snr_gamma": None,
     "num_inference_steps": 5,
     "guidance_scale": 2.0,
+    "train_prompts": None,
 }
 
 
@@ -67,7 +66,7 @@ def world(tiny_pipeline, tiny_guide):
     batch = {
         "pixel_values": torch.rand(2, 3, 32, 48, generator=step_generator(0)) * 2 - 1,
         "input_ids": encode(prompts),
-        "negative_embeds": text_encoder(encode([""]), return_dict=False)[0],
+        "negative_prompt_embeds": text_encoder(encode([""]), return_dict=False)[0],
         "prompts": prompts,
     }
 
@@ -75,7 +74,16 @@ def world(tiny_pipeline, tiny_guide):
         args = argparse.Namespace(**(DEFAULTS | changes))
         scheduler = scheduler or tiny_scheduler()
         return script.training_step(
-            batch, unet, vae, decoder or vae, text_encoder, evaluator, scheduler, step_generator(0, position), args
+            batch,
+            unet,
+            vae,
+            decoder or vae,
+            text_encoder,
+            evaluator,
+            scheduler,
+            step_generator(0, position),
+            anchor_weight=args.anchor_weight,
+            args=args,
         )
 
     return argparse.Namespace(step=step, unet=unet, vae=vae, text_encoder=text_encoder, evaluator=evaluator)
