@@ -37,10 +37,11 @@ def load_stable_diffusion(
     variant: str | None,
     weight_dtype: torch.dtype,
     device: str | torch.device,
+    vae_dtype: torch.dtype = torch.float32,
 ):
     """(noise_scheduler, tokenizer, text_encoder, vae, unet) of a hub id, a folder or a .safetensors file; frozen, on `device`.
 
-    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Every part is loaded from safetensors, and
+    In a training the VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Every part is loaded from safetensors, and
     strictly. Raises ValueError, in one line, for what is no Stable Diffusion pipeline, or not all of one.
     """
     source = str(pretrained_model_name_or_path)
@@ -48,12 +49,12 @@ def load_stable_diffusion(
         raise ValueError(f"{source}: expected .safetensors, found a pickle, which can run any code. Convert it first.")
     try:
         if source.endswith(".safetensors"):
-            pipeline = _load_single_file(source)
+            pipeline = _load_single_file(source, weight_dtype, vae_dtype)
             parts = [pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet]
             scheduler_config = pipeline.scheduler.config
         else:
             _check_configs(source, revision)
-            parts = _load_folder(source, revision, variant)
+            parts = _load_folder(source, revision, variant, weight_dtype, vae_dtype)
             scheduler_config = DDPMScheduler.load_config(source, revision=revision, subfolder="scheduler")
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -62,11 +63,9 @@ def load_stable_diffusion(
         ) from error
     tokenizer, text_encoder, vae, unet = parts
     _limit_tokenizer(tokenizer, text_encoder)
-    for model in (text_encoder.to(weight_dtype), vae, unet.to(weight_dtype)):
+    for model in (text_encoder, vae, unet):
         model.requires_grad_(False)
         model.to(device)
-    for model in (vae, unet):
-        model.to(memory_format=torch.channels_last)
     return latent_scheduler(scheduler_config), tokenizer, text_encoder, vae, unet
 
 
@@ -79,26 +78,40 @@ def latent_scheduler(config: dict) -> DDPMScheduler:
     return DDPMScheduler.from_config(config, clip_sample=False, thresholding=False, steps_offset=1)
 
 
-def _load_folder(source: str, revision: str | None, variant: str | None) -> list:
-    options = {"revision": revision, "variant": variant}
+def _load_folder(
+    source: str, revision: str | None, variant: str | None, weight_dtype: torch.dtype, vae_dtype: torch.dtype
+) -> list:
     tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision, subfolder="tokenizer")
     models = [
-        load_strictly(model.from_pretrained, source, subfolder=subfolder, **options)
-        for model, subfolder in (
-            (CLIPTextModel, "text_encoder"),
-            (AutoencoderKL, "vae"),
-            (UNet2DConditionModel, "unet"),
+        load_strictly(
+            model.from_pretrained,
+            source,
+            subfolder=subfolder,
+            revision=revision,
+            variant=variant,
+            **{"dtype" if model is CLIPTextModel else DTYPE: dtype},
+        )
+        for model, subfolder, dtype in (
+            (CLIPTextModel, "text_encoder", weight_dtype),
+            (AutoencoderKL, "vae", vae_dtype),
+            (UNet2DConditionModel, "unet", weight_dtype),
         )
     ]
     return [tokenizer, *models]
 
 
-def _load_single_file(source: str) -> StableDiffusionPipeline:
+def _load_single_file(source: str, weight_dtype: torch.dtype, vae_dtype: torch.dtype) -> StableDiffusionPipeline:
     if not Path(source).is_file():
         raise ValueError("there is no such file.")
     try:
+        vae = AutoencoderKL.from_single_file(source, **{DTYPE: vae_dtype})
         return StableDiffusionPipeline.from_single_file(
-            source, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            source,
+            vae=vae,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **{DTYPE: weight_dtype},
         )
     except Exception as error:  # of many kinds: safetensors, keys that do not fit, network
         raise ValueError(

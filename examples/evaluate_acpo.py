@@ -24,7 +24,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
     UNet2DModel,
 )
 from peft import LoraConfig
@@ -58,12 +57,12 @@ from acpo_utils.evaluation.table import (
     set_row,
     write_evaluation_tables,
 )
-from acpo_utils.files import atomic_write
+from acpo_utils.files import atomic_write, load_strictly
 from acpo_utils.late_step import lora_below
 from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config
 from acpo_utils.randomness import step_generator
 from acpo_utils.sharding import WEIGHT_DTYPES
-from acpo_utils.stable_diffusion import DTYPE
+from acpo_utils.stable_diffusion import DTYPE, build_pipeline, load_stable_diffusion
 from acpo_utils.training.arguments import check_numbers, read_demo_settings
 from acpo_utils.training.run import use_all_cpus
 
@@ -346,30 +345,28 @@ def load_pipeline(path, args, weight_dtype, device):
         variant = args.variant
     try:
         if args.unconditional:
-            unet = UNet2DModel.from_pretrained(
+            unet = load_strictly(
+                UNet2DModel.from_pretrained,
                 source,
                 subfolder="unet",
                 revision=revision,
                 variant=variant,
-                use_safetensors=True,
                 **{DTYPE: weight_dtype},
             )
             config = DDIMScheduler.load_config(source, subfolder="scheduler", revision=revision)
             pipeline = DDIMPipeline(unet, DDIMScheduler.from_config(config))
         else:
-            pipeline = StableDiffusionPipeline.from_pretrained(
+            noise_scheduler, tokenizer, text_encoder, vae, unet = load_stable_diffusion(
                 source,
                 revision=revision,
                 variant=variant,
-                use_safetensors=True,
-                safety_checker=None,  # it blackens images
-                requires_safety_checker=False,
-                **{DTYPE: weight_dtype},
+                weight_dtype=weight_dtype,
+                vae_dtype=weight_dtype,
+                device=device,
             )
-            # Latents leave [-1, 1]. The configuration of a PNDM or Euler scheduler does not say so.
-            config = {**pipeline.scheduler.config, "clip_sample": False, "thresholding": False}
-            pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(config)
-    except OSError as error:
+            pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
+            pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(noise_scheduler.config)
+    except (OSError, ValueError) as error:
         raise ValueError(f"the pipeline {source!r} could not be loaded: {str(error).splitlines()[0]}") from error
     if path in args.lora:
         saved = read_lora_config(path)

@@ -313,6 +313,8 @@ def load_models(args, weight_dtype, device):
         weight_dtype=weight_dtype,
         device=device,
     )
+    for model in (vae, unet):
+        model.to(memory_format=torch.channels_last)
     stable_diffusion.check_sizes(
         noise_scheduler,
         vae,
