@@ -11,7 +11,7 @@ import torch
 
 from acpo_utils.data.image_folder import row_of
 from acpo_utils.data.local_data import open_local, reason
-from acpo_utils.data.pictures import check_images, fit_image, read_image, to_rgb  # noqa: F401
+from acpo_utils.data.pictures import fit_image, read_image
 from acpo_utils.randomness import EpochOrder
 
 

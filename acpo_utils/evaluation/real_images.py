@@ -7,7 +7,7 @@ from datasets import Dataset
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from acpo_utils.data.captioned import check_images, load_captioned_images, read_image
+from acpo_utils.data import check_images, load_captioned_images, read_image
 from acpo_utils.files import atomic_write
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 
 from acpo_utils.data import check_images, load_captioned_images
+from acpo_utils.data.local_data import parquet_files
 
 
 def load_rated_images(
@@ -85,8 +86,8 @@ def _find_split(source: dict, split: str, dataset_config_name: str | None) -> st
         if (folder / split).is_dir():
             source["train_data_dir"] = str(folder / split)
             return "train"
-        parquet = [file.stem for file in [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]]
-        found = any(stem == split or stem.startswith(f"{split}-") for stem in parquet)
+        stems = [file.stem for file in parquet_files(folder)]
+        found = any(stem == split or stem.startswith(f"{split}-") for stem in stems)
     elif split != "train":
         found = split in datasets.get_dataset_split_names(source["dataset_name"], dataset_config_name)
     return split if split == "train" or found else None

@@ -215,6 +215,21 @@ def test_ratings_and_generated_images_in_such_folders(tmp_path):
         )
 
 
+def test_ratings_saved_by_save_to_disk_and_as_parquet_in_capitals(tmp_path):
+    rated = saved(30).remove_columns("text")
+    rated = rated.add_column("prompt", [f"p {n // 2}" for n in range(30)]).add_column(
+        "mos", [n % 5 for n in range(30)]
+    )
+    parts = datasets.DatasetDict({"train": rated, "test": rated.select(range(4))})
+    parts.save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet").mkdir()
+    for split, rows in parts.items():
+        rows.to_parquet(tmp_path / "parquet" / f"{split}-0.PARQUET")
+    for folder in ("saved", "parquet"):
+        read = load_rated_images(str(tmp_path / folder))
+        assert red(read["test"]) == [0, 1, 2, 3] and len(read["train"]) + len(read["validation"]) == 30
+
+
 # --- links
 
 
