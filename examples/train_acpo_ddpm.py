@@ -35,6 +35,7 @@ from acpo_utils.evaluation.sampling import sample_unconditional
 from acpo_utils.evaluation.unconditional import compare_unconditional_models, split_judges
 from acpo_utils.evaluators import guide_parts, guide_score, load_guide, part_scores
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
+from acpo_utils.lora import check_target_modules
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.training.arguments import check_numbers, check_objective, is_due, read_demo_settings
 from acpo_utils.training.ema import ema_weights, register_ema_hooks
@@ -355,16 +356,15 @@ def load_models(args):
 
 
 def add_lora(unet, args):
+    target_modules = [name.strip() for name in args.lora_target_modules.split(",")]
+    check_target_modules(unet, target_modules)
     config = LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha,
-        target_modules=[name.strip() for name in args.lora_target_modules.split(",")],
+        target_modules=target_modules,
         init_lora_weights="gaussian",
     )
-    try:
-        return get_peft_model(unet, config)
-    except ValueError as error:
-        raise ValueError(f"--lora_target_modules {args.lora_target_modules}: {str(error).splitlines()[0]}") from error
+    return get_peft_model(unet, config)
 
 
 def build_ema(parameters, accelerator, args):

@@ -21,14 +21,13 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from acpo_utils import check_min_version, data, late_step, losses, stable_diffusion
+from acpo_utils import check_min_version, data, late_step, lora, losses, stable_diffusion
 from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
 from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, release_signals
 from acpo_utils.evaluation.comparison import compare_models
 from acpo_utils.evaluation.sampling import sample_images
 from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges, part_scores
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
-from acpo_utils.lora import load_lora, read_lora_config, register_lora_hooks, save_lora
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.sharding import SHARDED, WEIGHT_DTYPES, full_weights, prepare
 from acpo_utils.training.arguments import check_numbers, check_objective, is_due, read_demo_settings
@@ -203,9 +202,9 @@ def parse_args(input_args=None):
     add("--decode_size", type=int, help="side of the window in pixels, with --decode crop")
     add("--tiny_vae_name_or_path", help="with --decode tiny, such as madebyollin/taesd")
     # LoRA and optimizer
-    add("--rank", type=int, default=4)
-    add("--lora_alpha", type=int, help="default: the rank")
-    add("--lora_target_modules", default="to_k,to_q,to_v,to_out.0", help="comma-separated layer names of the U-Net")
+    add("--rank", type=int, help="default: 4")
+    add("--lora_alpha", type=float, help="default: the rank")
+    add("--lora_target_modules", help="comma-separated layer names of the U-Net; default: to_k,to_q,to_v,to_out.0")
     add("--train_batch_size", type=int, default=4)
     add("--max_train_steps", type=int, default=1000)
     add("--gradient_accumulation_steps", type=int, default=1)
@@ -261,7 +260,6 @@ def parse_args(input_args=None):
             parser.error(f"no model is named, and the demo's is not at {DEMO_SETTINGS.parent}: clone the repository")
         parser.set_defaults(demo=True, **read_demo_settings(DEMO_SETTINGS, given=args))
         args = parser.parse_args(input_args)
-    args.lora_alpha = args.lora_alpha or args.rank
     try:
         check_args(args)
     except ValueError as error:
@@ -331,21 +329,30 @@ def load_models(args, weight_dtype, device):
 
 def add_lora(unet, args):
     """A new adapter, or the one of --lora_path; its weights in fp32, whatever the base's precision. Returns them."""
-    rank, alpha = args.rank, args.lora_alpha
-    target_modules = [name.strip() for name in args.lora_target_modules.split(",")]
+    target_modules = None
+    if args.lora_target_modules:
+        target_modules = [name.strip() for name in args.lora_target_modules.split(",")]
     if args.lora_path:
-        saved = read_lora_config(args.lora_path)
-        rank, alpha, target_modules = saved["rank"], saved["alpha"], saved["target_modules"]
+        saved = lora.read_lora_config(args.lora_path)
+        lora.check_lora_options(unet, saved, rank=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules)
+        args.rank = saved["rank"]
+        args.lora_alpha = saved["alpha"]
+        target_modules = saved["target_modules"]
+    else:
+        args.rank = args.rank or 4
+        args.lora_alpha = args.lora_alpha or args.rank
+        target_modules = target_modules or ["to_k", "to_q", "to_v", "to_out.0"]
+        lora.check_target_modules(unet, target_modules)
     lora_config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
         target_modules=target_modules,
         init_lora_weights="gaussian",
     )
     unet.add_adapter(lora_config)
     cast_training_params(unet, dtype=torch.float32)
     if args.lora_path:
-        load_lora(unet, args.lora_path)
+        lora.load_lora(unet, args.lora_path)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
@@ -444,7 +451,7 @@ def main(args):
     )
     unet, optimizer, lr_scheduler = prepare(accelerator, unet, optimizer, lr_scheduler)
     lora_parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]  # FSDP2 replaces them
-    register_lora_hooks(accelerator, unet)
+    lora.register_lora_hooks(accelerator, unet)
 
     alarm = HackingAlarm(
         eval_prompts[: args.num_validation_prompts],
@@ -513,7 +520,7 @@ def main(args):
         if accelerator.is_main_process:
             unet = accelerator.unwrap_model(unet)
             alarm.restore_best(unet)
-            save_lora(unet, args.output_dir)
+            lora.save_lora(unet, args.output_dir)
             release_signals()  # what follows can be had again
             pipeline = stable_diffusion.build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
             scorers = guide_parts(evaluator) | judges
