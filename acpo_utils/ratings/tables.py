@@ -4,13 +4,15 @@ Rows are dictionaries with the number that the row has in its file, from 1, a he
 """
 
 import csv
+import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from acpo_utils.files import one_line
-from acpo_utils.ratings.mat_files import read_mat
 
 
 Row = dict[str, object]
@@ -18,6 +20,17 @@ Scale = tuple[float, float]
 Cells = list[tuple[int, list]]
 
 TEXT = ("image", "name", "prompt", "generator", "dis_img_path")  # columns that hold text; all others hold numbers
+# scipy takes the number of a type in a file for an index, unchecked: a wrong byte can end the process that reads it.
+READ_MAT = """
+import json, sys
+import numpy as np
+from scipy.io import loadmat
+
+variables = {name: value for name, value in loadmat(sys.argv[1], appendmat=False).items() if not name.startswith("__")}
+value = variables.get(sys.argv[2])
+numbers = isinstance(value, np.ndarray) and value.dtype.kind in "iuf"
+print(json.dumps({"names": list(variables), "values": value.astype(float).ravel().tolist() if numbers else None}))
+"""
 MAX_CELLS = 10_000_000  # of a workbook's sheet, empty ones counted: twenty times the largest set's
 
 
@@ -126,17 +139,30 @@ def read_numbers(file: Path, key: str, count: int, scale: Scale) -> list[float]:
     number outside the scale.
     """
     if file.suffix == ".mat":
-        variables = read_mat(file)
-        if key not in variables:
-            raise ValueError(f"{file}: expected variable {key}, found {one_line(', '.join(variables)) or 'nothing'}.")
-        if variables[key] is None:
-            raise ValueError(f"{file}: expected real numbers in {key}, found another kind of variable.")
-        values = variables[key].tolist()
+        values = _read_mat(file, key)
     else:
         values = file.read_text(encoding="utf-8-sig", errors="replace").split()
     if len(values) != count:
         raise ValueError(f"{file}: expected {count} scores, found {len(values)}.")
     return [_check(file, number, "score", value, scale) for number, value in enumerate(values, start=1)]
+
+
+def _read_mat(file: Path, key: str) -> list[float]:
+    """Variable `key` of a MATLAB file, row after row, by scipy in a process of its own."""
+    command = [sys.executable, "-P", "-c", READ_MAT, str(file), key]
+    try:
+        with open(file, "rb") as opened:
+            if opened.read(128)[126:] not in (b"IM", b"MI"):  # the order of bytes
+                raise ValueError("no header of MATLAB")
+        process = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        found = json.loads(process.stdout)
+    except (subprocess.SubprocessError, ValueError) as error:
+        raise ValueError(f"{file}: expected a MATLAB file up to version 7.2, found damage or another file.") from error
+    if key not in found["names"]:
+        raise ValueError(f"{file}: expected variable {key}, found {one_line(', '.join(found['names'])) or 'nothing'}.")
+    if found["values"] is None:
+        raise ValueError(f"{file}: expected real numbers in {key}, found another kind of variable.")
+    return found["values"]
 
 
 def _check(file: Path, number: int, name: str, cell: object, scale: Scale) -> str | float:
