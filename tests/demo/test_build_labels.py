@@ -1,16 +1,14 @@
 """The demo's labels: ratings read from the installed table, the rule for false prompts, and the script as a whole."""
 
 import importlib.util
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests import REPOSITORY
+from tests.launching import run_script
 
 
 pytest.importorskip("skimage")
@@ -101,8 +99,7 @@ def test_damage(labels, scores):
 def test_the_script(labels, scores, tmp_path):
     from datasets import load_dataset
 
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path), "--train_images", "60"]
-    subprocess.run(command, check=True, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    run_script(SCRIPT, "--output_dir", tmp_path, "--train_images", 60)
     splits = {
         s: load_dataset("parquet", data_files=str(tmp_path / f"{s}.parquet"), split="train") for s in ("train", "test")
     }
