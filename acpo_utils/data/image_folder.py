@@ -43,12 +43,12 @@ def load_image_folder(
     captions = {} if tables or caption_column is None else _captions_beside(pictures, files)
     if tables:
         rows = [row for table in tables for row in read_metadata(table, image_column, caption_column)]
-        records, source = [record for _, record in rows], "its metadata"
+        records, why = [record for _, record in rows], "the metadata does not name them"
     elif captions:
         records = [{"image": Path(picture), caption_column: text} for picture, text in captions.items()]
-        source = "its .txt files"
+        why = "they have no .txt beside them"
     else:
-        records, source = [{"image": Path(picture)} for picture in pictures], "it"
+        records, why = [{"image": Path(picture)} for picture in pictures], ""
     if not records:
         unpack = " Unpack archives first." if any(file.lower().endswith(ARCHIVES) for file in files) else ""
         raise ValueError(
@@ -58,8 +58,8 @@ def load_image_folder(
     named = {str(value) for record in records for value in record.values() if isinstance(value, Path)}
     if left_out := [picture for picture in pictures if picture not in named]:
         logger.warning(
-            "%d of %d pictures in %s are left out, since %s does not name them, the first: %s",
-            len(left_out), len(pictures), folder, source, left_out[0],
+            "%d of %d pictures in %s are left out, since %s, the first: %s",
+            len(left_out), len(pictures), folder, why, left_out[0],
         )  # fmt: skip
     return _to_dataset(records, folder)
 

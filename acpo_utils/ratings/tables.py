@@ -3,7 +3,9 @@
 Rows are dictionaries with the number that the row has in its file, from 1, a header counted: errors name file and row.
 """
 
+import codecs
 import csv
+import io
 import json
 import math
 import os
@@ -44,7 +46,7 @@ def require_file(root: Path, *names: str) -> Path:
     if (file := find_file(root, *names)) is None:
         tables = {".csv", ".xlsx", ".mat", ".txt"}
         found = sorted(f"{item.name}{'/' * item.is_dir()}" for item in root.iterdir())
-        found = [name for name in found if name.endswith("/") or Path(name).suffix in tables][:10]
+        found = [name for name in found if name.endswith("/") or Path(name).suffix.lower() in tables][:10]
         raise ValueError(f"{root}: expected {' or '.join(names)}, found {', '.join(found) or 'no table'}.")
     return file
 
@@ -55,7 +57,7 @@ def read_cells(file: Path) -> Cells:
     Raises ValueError for a file that is no such table, an empty one, and a csv row longer than the first one: a comma
     in a prompt without quotes would shift the scores.
     """
-    rows = _read_workbook(file) if file.suffix == ".xlsx" else _read_text_table(file)
+    rows = _read_workbook(file) if file.suffix.lower() == ".xlsx" else _read_text_table(file)
     cells = [[cell.strip() or None if isinstance(cell, str) else cell for cell in row] for row in rows]
     numbered = [(number, row) for number, row in enumerate(cells, start=1) if any(cell is not None for cell in row)]
     if not numbered:
@@ -78,18 +80,25 @@ def _read_workbook(file: Path) -> list[Sequence]:
 
 
 def _read_text_table(file: Path) -> list[Sequence]:
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        row, byte = content.count(b"\n", 0, error.start), f"{content[error.start]:#04x}"
+        found = f"byte {byte}, as other encodings have it (cp1252, UTF-16): save it as UTF-8"
+        raise ValueError(f"{file}, after row {row}: expected UTF-8 text, found {found}.") from error
     rows = []
     try:
-        with open(file, encoding="utf-8-sig", newline="") as text:
-            for row in csv.reader(text, strict=True):
-                rows.append(row)
-                if len(row) > len(rows[0]):
-                    found = f"{len(row)} cells: put quotes around text with commas"
-                    raise ValueError(f"{file}, row {len(rows)}: expected {len(rows[0])} cells, found {found}.")
+        for row in csv.reader(io.StringIO(text, newline=""), strict=True):
+            rows.append(row)
+            if len(rows[0]) == 1 and (sign := next((sign for sign in ";\t" if sign in rows[0][0]), None)):
+                found = f"{sign!r} in {rows[0][0]!r}: save it with commas"
+                raise ValueError(f"{file}, row 1: expected commas between the columns, found {found}.")
+            if len(row) > len(rows[0]):
+                found = f"{len(row)} cells: put quotes around text with commas"
+                raise ValueError(f"{file}, row {len(rows)}: expected {len(rows[0])} cells, found {found}.")
     except csv.Error as error:
         raise ValueError(f"{file}, row {len(rows) + 1}: expected comma-separated values, found: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}, after row {len(rows)}: expected UTF-8 text, found: {error.reason}.") from error
     return rows
 
 
@@ -138,7 +147,7 @@ def read_numbers(file: Path, key: str, count: int, scale: Scale) -> list[float]:
     Raises ValueError for a file that is neither, no such variable of real numbers, another count, and, with its row, a
     number outside the scale.
     """
-    if file.suffix == ".mat":
+    if file.suffix.lower() == ".mat":
         values = _read_mat(file, key)
     else:
         values = file.read_text(encoding="utf-8-sig", errors="replace").split()

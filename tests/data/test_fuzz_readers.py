@@ -290,6 +290,23 @@ def image_folder(folder):
     return text_file("metadata.jsonl", "".join(lines))(folder / "image-folder")
 
 
+def image_folder_with(name: str, content: str) -> Callable:
+    """Pictures as in `image_folder`, and a file of this name with their metadata, or the caption of one of them."""
+
+    def write(folder):
+        image_folder(folder).unlink()
+        return text_file(name, content)(folder / "image-folder")
+
+    return write
+
+
+def metadata_parquet(folder):
+    image_folder(folder).unlink()
+    columns = {"file_name": ["0.png", "1.png", "2.png"], "text": ["a fox", "a café", "None"]}
+    parquet.write_table(pyarrow.table(columns), folder / "image-folder" / "metadata.parquet")
+    return folder / "image-folder" / "metadata.parquet"
+
+
 def lora_file(folder):
     return save_lora(lora_unet(1, 1, ["to_k"]), folder)
 
@@ -324,6 +341,11 @@ READERS = {
     "prompts.jsonl": Reader(
         text_file("prompts.jsonl", '{"text": "a fox"}\n\n{"text": "a caf\\u00e9"}\n'), prompts, text=True
     ),
+    "prompts.json": Reader(
+        text_file("prompts.json", '["a fox", {"prompt": "a café"},\n {"Text": "an owl", "id": 3}]\n'),
+        prompts,
+        text=True,
+    ),
     "prompts.parquet": Reader(parquet_file("prompts.parquet", prompts=["a fox", "an owl"]), prompt_set("drawbench")),
     "diffusiondb": Reader(
         parquet_file("metadata.parquet", prompt=["a fox", "an owl"], prompt_nsfw=[0.1, 0.9]), prompt_set("diffusiondb")
@@ -339,6 +361,18 @@ READERS = {
     "KADID table": Reader(lambda folder: write_kadid_table(folder / "package"), kadid_scores, text=True, quick=4),
     "KADID photographs": Reader(parquet_file("train.parquet", image=CELLS[:2], name=["a", "b"]), photographs, quick=2),
     "metadata.jsonl": Reader(image_folder, captioned, text=True, quick=6, named="image-folder"),
+    "metadata.csv": Reader(
+        image_folder_with("metadata.csv", 'file_name,text,n\n0.png,"a fox, asleep",1\n1.png,a café,NA\n'),
+        captioned,
+        text=True,
+        named="image-folder",
+    ),
+    "metadata.parquet": Reader(
+        metadata_parquet, lambda file: captioned(file.parent / "its folder"), quick=20, named="image-folder"
+    ),
+    "caption beside": Reader(
+        image_folder_with("0.txt", "a café,\nopen\n"), captioned, text=True, quick=20, named="image-folder"
+    ),
     "images.parquet": Reader(parquet_file("train.parquet", image=CELLS[:3], text=["a", "b", "c"]), captioned, quick=6),
     "unconditional": Reader(parquet_file("train.parquet", img=CELLS[:3], label=[1, 2, 3]), unconditional, quick=4),
     "rated.parquet": Reader(parquet_file("train.parquet", image=CELLS, **SCORED), rated, quick=4),

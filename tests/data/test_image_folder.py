@@ -310,13 +310,13 @@ def test_pictures_that_the_metadata_leaves_out_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert red(load(folder)) == [1, 0]
     assert [record.getMessage() for record in caplog.records] == [
-        f"4 of 6 pictures in {folder} are left out, since its metadata does not name them, the first: {folder}/2.png"
+        f"4 of 6 pictures in {folder} are left out, since the metadata does not name them, the first: {folder}/2.png"
     ]
     caplog.clear()
     (folder / "metadata.jsonl").unlink()
     (folder / "3.txt").write_text("three")
     assert red(load(folder)) == [3]
-    assert "5 of 6 pictures" in caplog.text and ".txt files" in caplog.text
+    assert "5 of 6 pictures" in caplog.text and "they have no .txt" in caplog.text
     caplog.clear()
     write_metadata(
         folder, [{"file_name": f"{n}.png", "text": "a"} for n in range(5)] + [{"file_name": "more/6.png", "text": "b"}]
