@@ -1,6 +1,8 @@
-"""Errors of a model's prediction at fixed noise and timesteps: the MSE of the paper's table 1 (eq. 8) on held-out images, and
-how far a LoRA has moved the U-Net, the anchor's distance (eq. 7) over the whole range of timesteps. Two models are asked the same
-at the same noise."""
+"""Errors of a model's prediction at fixed noise and timesteps: the MSE of the paper's table 1 (eq. 8) on held-out images,
+and how far a LoRA has moved the U-Net, the anchor's distance (eq. 7) over the whole range of timesteps.
+
+Two models are asked the same at the same noise.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +28,9 @@ def batch_denoising_error(
     rows: Sequence[int],
     seed: int,
 ) -> torch.Tensor:
-    """Of each image of a batch the mean squared error of `predict` over `MSE_TIMESTEPS` timesteps spread evenly over the whole range.
+    """Of each image of a batch the mean squared error of `predict`, over `MSE_TIMESTEPS` timesteps of the whole range.
+
+    They are spread evenly.
 
     Args:
         predict: (z_t (B, C, h, w), timesteps (B,)) -> prediction (B, C, h, w).

@@ -1,8 +1,9 @@
 """Shift-tolerant LPIPS (ST-LPIPS): how different two images look, as people judged it.
 
 Ghildyal and Liu, "Shift-tolerant Perceptual Similarity Metric", 2022: LPIPS (Zhang et al. 2018) with blurred pooling,
-so that a shift by a few pixels counts for little; its numbers do not compare with those of LPIPS. Networks and heads are in the package `stlpips-pytorch`. Only its
-weights are read: its code imports packages that it does not declare, and its pooling is licensed for noncommercial use.
+so that a shift by a few pixels counts for little; its numbers do not compare with those of LPIPS. Networks and heads are
+in the package `stlpips-pytorch`. Only its weights are read: its code imports packages that it does not declare, and its
+pooling is licensed for noncommercial use.
 """
 
 from collections import OrderedDict

@@ -90,7 +90,7 @@ def judge_sets(names: Sequence[str], images: torch.Tensor, held_out: torch.Tenso
     return found
 
 
-def measure(
+def sample_and_measure(
     pipeline,
     noise_scheduler,
     evaluators: dict,
@@ -122,8 +122,8 @@ def measure(
     return images, values, judge_sets(judges[1], images, held_out, seed, device)
 
 
-def compare(base: tuple[Values, Sets], finetuned: tuple[Values, Sets]) -> tuple[dict, str]:
-    """Numbers for metrics.json and the table as markdown, of two models that `measure` measured.
+def compare_measures(base: tuple[Values, Sets], finetuned: tuple[Values, Sets]) -> tuple[dict, str]:
+    """Numbers for metrics.json and the table as markdown, of two models that `sample_and_measure` measured.
 
     `paired_comparison` of each metric of single images; a win is a higher score, of the MSE a lower error.
     """
@@ -141,7 +141,7 @@ def compare(base: tuple[Values, Sets], finetuned: tuple[Values, Sets]) -> tuple[
     return {"comparisons": comparisons, "sets": sets}, "\n\n".join(tables)
 
 
-def summarise(values: Values, sets: Sets) -> tuple[dict, str]:
+def summarise_measures(values: Values, sets: Sets) -> tuple[dict, str]:
     """The same for a model that has no base: mean, standard deviation and number of the values of each metric."""
     summary = {
         name: {"n": len(value), "mean": value.double().mean().item(), "std": value.double().std().item()}
@@ -189,7 +189,7 @@ def compare_unconditional_models(
         return "", []
     output_dir = Path(output_dir)
     measure_model = partial(
-        measure,
+        sample_and_measure,
         noise_scheduler=noise_scheduler,
         evaluators=scorers,
         judges=judges,
@@ -202,7 +202,7 @@ def compare_unconditional_models(
     images, values, sets = measure_model(build_pipeline(unet), description="sampling the trained model")
     if base_unet is None:
         picture = "samples.png"
-        numbers, table = summarise(values, sets)
+        numbers, table = summarise_measures(values, sets)
         with atomic_write(output_dir / picture) as temporary:
             save_image(images[:64], temporary)
     else:
@@ -210,7 +210,7 @@ def compare_unconditional_models(
         with without_adapter(base_unet) as base:
             base_pipeline = build_pipeline(base)
             base_images, base_values, base_sets = measure_model(base_pipeline, description="sampling the base model")
-        numbers, table = compare((base_values, base_sets), (values, sets))
+        numbers, table = compare_measures((base_values, base_sets), (values, sets))
         titles = [f"noise {i}" for i in range(num_images)]
         guide_scores = (base_values["guide"], values["guide"]) if "guide" in values else None
         comparison_picture(output_dir / picture, base_images, images, titles, guide_scores)

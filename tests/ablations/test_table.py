@@ -48,17 +48,19 @@ def test_interval_of_one_value_of_equal_ones_and_of_none():
 
 def test_metrics_of_the_ddpm_script(tmp_path):
     """By the function that writes them."""
-    from acpo_utils.evaluation.unconditional import MSE, compare, summarise
+    from acpo_utils.evaluation.unconditional import MSE, compare_measures, summarise_measures
 
     base = {"guide": torch.tensor([1.0, 2.0, 6.0]), MSE: torch.tensor([0.25, 0.5])}, {"kid": (0.5, 0.1)}
     tuned = {"guide": torch.tensor([2.0, 4.0, 6.0]), MSE: torch.tensor([0.5, 0.5])}, {"kid": (0.25, 0.1)}
-    (tmp_path / "metrics.json").write_text(json.dumps({"num_images": 3, "skipped_steps": 0} | compare(base, tuned)[0]))
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({"num_images": 3, "skipped_steps": 0} | compare_measures(base, tuned)[0])
+    )
     assert read_metrics(tmp_path / "metrics.json") == {
         "guide": {"base": 3.0, "finetuned": 4.0, "difference": 1.0},
         MSE: {"base": 0.375, "finetuned": 0.5, "difference": 0.125},
         "kid": {"base": 0.5, "finetuned": 0.25, "difference": -0.25},
     }
-    (tmp_path / "metrics.json").write_text(json.dumps({"num_images": 3} | summarise(*tuned)[0]))
+    (tmp_path / "metrics.json").write_text(json.dumps({"num_images": 3} | summarise_measures(*tuned)[0]))
     expected = {"guide": {"finetuned": 4.0}, MSE: {"finetuned": 0.5}, "kid": {"finetuned": 0.25}}
     assert read_metrics(tmp_path / "metrics.json") == expected
 

@@ -8,7 +8,14 @@ from diffusers import DDPMScheduler
 from acpo_utils.ddpm import build_pipeline
 from acpo_utils.evaluation.denoising_error import unet_denoising_error
 from acpo_utils.evaluation.sampling import image_tensor, sample_unconditional
-from acpo_utils.evaluation.unconditional import MSE, compare, judge_sets, measure, split_judges, summarise
+from acpo_utils.evaluation.unconditional import (
+    MSE,
+    compare_measures,
+    judge_sets,
+    sample_and_measure,
+    split_judges,
+    summarise_measures,
+)
 from acpo_utils.evaluators import TwoStreamIQA
 from tests.tiny_models import tiny_unet2d
 
@@ -39,7 +46,7 @@ def test_measure():
     pipeline = build_pipeline(tiny_unet2d(), DDPMScheduler(), "ddim")
     settings = {"num_images": 5, "seed": 1, "batch_size": 2, "num_inference_steps": 3, "description": "sampling"}
     judges = ({"brightness": lambda images: images.mean((1, 2, 3))}, [])
-    images, values, sets = measure(
+    images, values, sets = sample_and_measure(
         pipeline, DDPMScheduler(), {"guide": guide, "x": None}, judges, held_out, **settings
     )
     assert list(values) == ["guide", "brightness", MSE] and sets == {}
@@ -47,7 +54,7 @@ def test_measure():
         assert torch.allclose(values["guide"], 100 * guide.score(images), atol=1e-3), "in the guide's own range"
     assert torch.allclose(values["brightness"], images.mean((1, 2, 3)))
     assert torch.allclose(values[MSE], unet_denoising_error(pipeline.unet, DDPMScheduler(), held_out, 1))
-    _, values, _ = measure(pipeline, DDPMScheduler(), {"guide": None}, ({}, []), None, **settings)
+    _, values, _ = sample_and_measure(pipeline, DDPMScheduler(), {"guide": None}, ({}, []), None, **settings)
     assert values == {}
 
 
@@ -55,7 +62,7 @@ def test_a_lower_error_is_a_win_and_a_lower_score_is_not():
     base = {"guide": torch.tensor([1.0, 2.0, 3.0, 4.0]), MSE: torch.tensor([1.0, 1.0, 1.0, 1.0])}
     tuned = {"guide": torch.tensor([2.0, 3.0, 4.0, 3.9]), MSE: torch.tensor([0.5, 0.9, 1.2, 1.0])}
     sets = {"kid": (0.5, 0.01)}, {"kid": (0.25, 0.02)}
-    numbers, table = compare((base, sets[0]), (tuned, sets[1]))
+    numbers, table = compare_measures((base, sets[0]), (tuned, sets[1]))
     guide, mse = numbers["comparisons"]["guide"], numbers["comparisons"][MSE]
     assert guide["win_rate"] == 0.75 and mse["win_rate"] == 0.5 and mse["tie_rate"] == 0.25
     assert mse["mean_difference"] == pytest.approx(-0.1)
@@ -64,7 +71,7 @@ def test_a_lower_error_is_a_win_and_a_lower_score_is_not():
 
 
 def test_a_model_without_base():
-    numbers, table = summarise({MSE: torch.tensor([1.0, 3.0])}, {"diversity": (0.5, 0.1)})
+    numbers, table = summarise_measures({MSE: torch.tensor([1.0, 3.0])}, {"diversity": (0.5, 0.1)})
     assert numbers["summary"][MSE] == {"n": 2, "mean": 2.0, "std": pytest.approx(2**0.5)}
     assert f"| {MSE} | 2.0000 | 1.4142 | 2 |" in table and "| diversity | 0.5000 | 0.1000 | |" in table
 
