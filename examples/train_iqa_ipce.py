@@ -95,12 +95,12 @@ class RatedImages(Dataset):
         if generator is not None and self.args.random_flip and torch.rand((), generator=generator) < 0.5:
             image = image.flip(-1)
         whole, crops = self.views(image, num_crops, generator)  # (1, 3, h, w), (1, N, 3, h, w)
-        number, mos = self.stage.target(row, self.args.mos_column)
+        set_index, mos = self.stage.target(row, self.args.mos_column)
         return {
             "whole": whole[0],
             "crops": crops[0],
             "mos": mos,
-            "set": number,
+            "set": set_index,
             "prompt": row[self.args.prompt_column],
         }
 

@@ -78,8 +78,8 @@ class RatedImages(Dataset):
         image = pil_to_tensor(to_rgb(row[self.args.image_column]))  # (3, H, W) uint8
         if n is not None:
             image = self.crop(image, number, step_generator(self.args.seed, 1, n))
-        index, mos = self.stage.target(row, self.args.mos_column)
-        return {"images": image / 255, "mos": mos, "set": index}
+        set_index, mos = self.stage.target(row, self.args.mos_column)
+        return {"images": image / 255, "mos": mos, "set": set_index}
 
     def crop(self, image, number, generator):
         size = self.args.resolution
@@ -262,7 +262,7 @@ def build_demo_ratings(folder):
     if all(Path(folder, f"{split}.parquet").is_file() for split in ("train", "validation", "test")):
         return
     script = DEMO_SETTINGS.with_name("build_photo_ratings.py")
-    logger.info(f"{folder} is not there yet: {script} makes it, once, in about ten minutes.")
+    logger.info(f"{folder} is not there yet: {script} makes it, once, in about twenty minutes.")
     if subprocess.run([sys.executable, script, "--output_dir", folder]).returncode:
         raise ValueError(f"{script} ended in an error, which stands above. Ratings of your own need no such script.")
 
