@@ -1,27 +1,25 @@
 """The real script on a tiny DDPM: from scratch and fine-tuned, what it writes, and that it repeats itself."""
 
-import importlib.util
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+import train_acpo_ddpm as script
 from diffusers import DDIMPipeline, DDPMPipeline
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from acpo_utils.evaluators import TwoStreamIQA
-from tests import REPOSITORY
-from tests.scripts.test_train_acpo_lora_sd import launch
+from tests.launching import EXAMPLES, command_line, fresh_process, launch, refused, run_script
 from tests.tiny_images import pictures
 from tests.tiny_models import UNET2D_CONFIG, tiny_ddim, tiny_ddpm, tiny_unet2d
 
 
-SCRIPT = REPOSITORY / "examples" / "train_acpo_ddpm.py"
+SCRIPT = EXAMPLES / "train_acpo_ddpm.py"
+DEMO = EXAMPLES / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -62,35 +60,9 @@ def flags(world, tmp_path):
         options |= (scratch_model if scratch else model) | changes
         if "tmax" in changes or "full_trajectory" in changes:
             del options["last_steps"]
-        return [
-            str(part)
-            for k, values in options.items()
-            for v in (values if isinstance(values, list) else [values])
-            if v is not None
-            for part in ([f"--{k}"] if v is True else [f"--{k}", v])
-        ]
+        return command_line(**options)
 
     return build
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The script's own `__main__` block without a new interpreter; its output, or its error line."""
-
-    def run_in_process(options, fails=False) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
-        if not fails:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        assert stopped.value.code != 0
-        message = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
-        return message[message.index("error: ") :]
-
-    return run_in_process
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -106,12 +78,14 @@ def predict(unet) -> torch.Tensor:
     return unet(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 600])).sample
 
 
-def test_the_embedded_demo(tmp_path):
+def test_the_embedded_demo(tmp_path, monkeypatch, capsys):
     """No model, no data: the shipped DDPM, faces, guide and judges, shortened; what the model card promises is there."""
+    monkeypatch.setattr(script, "use_all_cpus", lambda: None)  # tests beside this one use them
     short = {"max_train_steps": 2, "num_eval_images": 4, "ddpm_num_inference_steps": 4, "last_steps": 2}
-    short["output_dir"] = tmp_path / "demo"
-    # Launched, not in this process: the demo takes all cores, and would leave torch so for the tests that follow.
-    out = launch(*(str(part) for k, v in short.items() for part in (f"--{k}", v)), script=SCRIPT)
+    short |= {"train_batch_size": 2, "num_validation_images": 8}
+    with fresh_process():
+        script.main(script.parse_args(command_line(**short, output_dir=tmp_path / "demo")))
+    out = capsys.readouterr().out
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert set(metrics["comparisons"]) == {"guide", "MSE (lower is better)"} and "| guide |" in out
     assert set(metrics["sets"]) == {"KID on EfficientNet-Lite features", "diversity (shift-tolerant LPIPS)"}
@@ -121,13 +95,25 @@ def test_the_embedded_demo(tmp_path):
 
 
 def test_from_scratch(flags, world, tmp_path):
-    """Checkpoints, moving average, sheets of samples, a DDPM in fp16 with its numbers; no guide is ever named."""
-    out = launch(
-        *flags(scratch=True, sampler=None, last_steps=None, use_ema=True, weight_dtype="fp16", random_flip=True),
-        *["--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--save_images_epochs", "1"],
-        *["--train_batch_size", "4", "--eval_batch_size", "4", "--center_crop"],
-        script=SCRIPT,
+    """Checkpoints, moving average, sheets of samples, a DDPM in fp16 with its numbers; no guide is ever named.
+
+    By `accelerate launch`, as docs/unconditional.md has it; the other tests run the script in this process.
+    """
+    options = flags(
+        scratch=True,
+        sampler=None,
+        last_steps=None,
+        use_ema=True,
+        weight_dtype="fp16",
+        random_flip=True,
+        center_crop=True,
+        checkpointing_steps=1,
+        checkpoints_total_limit=2,
+        save_images_epochs=1,
+        train_batch_size=4,
+        eval_batch_size=4,
     )
+    out = launch(SCRIPT, *options)
     folder = tmp_path / "out"
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
     assert (folder / "samples.png").is_file() and (folder / "samples" / "step-2.png").is_file()
@@ -152,11 +138,16 @@ def test_from_scratch(flags, world, tmp_path):
 
 def test_lora(flags, world, tmp_path):
     """The pipeline has the LoRA in it; loaded or fused on the base, the LoRA's own files give the same model."""
-    out = launch(
-        *flags(rank=3, lora_alpha=6, judge=["two-stream:" + str(world / "guide")], learning_rate=1e-2),
-        *["--validation_data_dir", str(world / "validation"), "--report_to", "tensorboard", "--late_start", "rollout"],
-        script=SCRIPT,
+    options = flags(
+        rank=3,
+        lora_alpha=6,
+        judge=f"two-stream:{world / 'guide'}",
+        learning_rate=1e-2,
+        validation_data_dir=world / "validation",
+        report_to="tensorboard",
+        late_start="rollout",
     )
+    out = run_script(SCRIPT, *options)
     folder = tmp_path / "out"
     assert (folder / "comparison.png").stat().st_size > 5000 and list((folder / "logs").glob("*/events*"))
     fused = DDIMPipeline.from_pretrained(folder).unet
@@ -186,12 +177,12 @@ RUNS = {
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_resume_equals_the_uninterrupted_run_bit_for_bit(flags, run, tmp_path, kind):
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(flags, tmp_path, kind):
     options = {"gradient_accumulation_steps": 2, "random_flip": True, "train_batch_size": 1, "checkpointing_steps": 2}
     options |= {"num_eval_images": 0} | RUNS[kind]
-    run(flags("whole", **options))
+    run_script(SCRIPT, *flags("whole", **options))
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    run(flags("resumed", resume_from_checkpoint="latest", **options))
+    run_script(SCRIPT, *flags("resumed", resume_from_checkpoint="latest", **options))
     whole, resumed = (tmp_path / name for name in ("whole", "resumed"))
     assert equal(weights(whole), weights(resumed)) and not equal(weights(whole), tiny_unet2d().state_dict())
     files = sorted(path.name for path in (whole / "checkpoint-4").glob("*.safetensors"))
@@ -210,11 +201,10 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(flags, run, tmp_path, k
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_all_weights_of_a_ddim_against_their_frozen_copy(flags, run, world, tmp_path):
+def test_all_weights_of_a_ddim_against_their_frozen_copy(flags, world, tmp_path):
     """The whole trajectory, a chain, a guide that is strong: base and fine-tuned differ, and the base is untouched."""
-    out = run(
-        flags(pretrained_model_name_or_path=world / "ddim", rank=0, full_trajectory=True, late_steps=3, sampler=None)
-    )
+    model = {"pretrained_model_name_or_path": world / "ddim", "rank": 0, "sampler": None}
+    out = run_script(SCRIPT, *flags(**model, full_trajectory=True, late_steps=3))
     assert type(DDIMPipeline.from_pretrained(tmp_path / "out")) is DDIMPipeline
     assert not (tmp_path / "out" / "lora").exists()
     base = tiny_unet2d().state_dict()
@@ -226,11 +216,12 @@ def test_all_weights_of_a_ddim_against_their_frozen_copy(flags, run, world, tmp_
 
 
 @pytest.mark.parametrize("rank", [2, 0])
-def test_the_anchor_starts_at_exactly_zero_in_mixed_precision(flags, run, tmp_path, rank):
+def test_the_anchor_starts_at_exactly_zero_in_mixed_precision(flags, tmp_path, rank):
     """Base and student see the same autocast, be the base the LoRA's own or a frozen copy."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run(flags(rank=rank, mixed_precision="bf16", report_to="tensorboard", max_train_steps=2, num_eval_images=4))
+    run_script(
+        SCRIPT,
+        *flags(rank=rank, mixed_precision="bf16", report_to="tensorboard", max_train_steps=2, num_eval_images=4),
+    )
     (events,) = (tmp_path / "out" / "logs").glob("*/events*")
     first, second = (event.value for event in EventAccumulator(str(events)).Reload().Scalars("loss_anchor"))
     assert first == 0 and second > 0
@@ -241,53 +232,62 @@ def test_the_anchor_starts_at_exactly_zero_in_mixed_precision(flags, run, tmp_pa
 def test_two_processes_resume_exactly(flags, tmp_path, rank):
     options = {"max_train_steps": 2, "checkpointing_steps": 1, "train_batch_size": 1, "num_eval_images": 0}
     options |= {"rank": rank, "use_ema": True, "late_start": "rollout", "late_steps": 2, "save_images_epochs": 1}
-    launch(*flags("whole", **options), script=SCRIPT, num_processes=2)
+    launch(SCRIPT, *flags("whole", **options), num_processes=2)
     shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
-    launch(*flags("resumed", resume_from_checkpoint="latest", **options), script=SCRIPT, num_processes=2)
+    launch(SCRIPT, *flags("resumed", resume_from_checkpoint="latest", **options), num_processes=2)
     for name in ("random_states_0.pkl", "random_states_1.pkl"):
         assert (tmp_path / "resumed" / "checkpoint-2" / name).is_file()
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
 
 
-def test_what_was_trained_from_scratch_can_be_fine_tuned(flags, run, tmp_path):
+def test_what_was_trained_from_scratch_can_be_fine_tuned(flags, tmp_path):
     """The two uses of the script, one after the other; a U-Net alone takes its schedule from the flags."""
-    run(flags("scratch", scratch=True, last_steps=None, prediction_type="v_prediction", num_eval_images=0))
-    run(flags("tuned", pretrained_model_name_or_path=tmp_path / "scratch", max_train_steps=1, num_eval_images=0))
+    run_script(
+        SCRIPT, *flags("scratch", scratch=True, last_steps=None, prediction_type="v_prediction", num_eval_images=0)
+    )
+    run_script(
+        SCRIPT,
+        *flags("tuned", pretrained_model_name_or_path=tmp_path / "scratch", max_train_steps=1, num_eval_images=0),
+    )
     scheduler = json.loads((tmp_path / "tuned" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction"
     alone = {"pretrained_model_name_or_path": tmp_path / "scratch" / "unet", "prediction_type": "v_prediction"}
-    run(flags("alone", max_train_steps=1, num_eval_images=0, **alone))
+    run_script(SCRIPT, *flags("alone", max_train_steps=1, num_eval_images=0, **alone))
     assert equal(weights(tmp_path / "tuned"), weights(tmp_path / "alone"))
 
 
-def test_epochs_from_scratch_and_steps_with_a_model(flags, run, tmp_path):
+def test_epochs_from_scratch_and_steps_with_a_model(flags, tmp_path):
     """12 pictures, 4 held out, batches of 3: an epoch is three steps."""
     options = {"scratch": True, "last_steps": None, "max_train_steps": None, "num_eval_images": 0}
-    run(flags(num_epochs=2, checkpointing_steps=1, train_batch_size=3, save_model_epochs=1, **options))
+    run_script(SCRIPT, *flags(num_epochs=2, checkpointing_steps=1, train_batch_size=3, save_model_epochs=1, **options))
     assert max(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == "checkpoint-6"
 
 
-def settings(monkeypatch, *given):
-    spec = importlib.util.spec_from_file_location("train_acpo_ddpm", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
-    return script.parse_args(), script
-
-
-def test_defaults_of_the_three_uses(monkeypatch):
-    args, script = settings(monkeypatch)
-    assert args.demo and all(getattr(args, n) == ([v] if n == "evaluator" else v) for n, v in script.DEMO.items())
-    args, _ = settings(monkeypatch, "--evaluator", "pickscore", "--judge", "kid", "--tmax", "7")
+def test_defaults_of_the_three_uses():
+    args, demo = script.parse_args([]), json.loads((DEMO / "acpo_ddpm.json").read_text())
+    assert args.demo and not args.scratch
+    for name, value in demo.items():
+        assert getattr(args, name) == json.loads(json.dumps(value).replace("$DEMO", str(DEMO))), name
+    args = script.parse_args(["--evaluator", "pickscore", "--judge", "kid", "--tmax", "7"])
     assert args.evaluator == ["pickscore"] and args.judge == ["kid"] and (args.tmax, args.last_steps) == (7, None)
-    args, script = settings(monkeypatch, "--train_data_dir", "x")
-    assert args.scratch and all(getattr(args, name) == value for name, value in script.SCRATCH.items())
-    args, _ = settings(monkeypatch, "--train_data_dir", "x", "--learning_rate", "5e-4", "--logger", "wandb")
+    args = script.parse_args(["--train_data_dir", "x"])
+    assert args.scratch and not args.demo
+    assert all(getattr(args, name) == value for name, value in script.SCRATCH_SETTINGS.items())
+    args = script.parse_args(["--train_data_dir", "x", "--learning_rate", "5e-4", "--logger", "wandb"])
     assert args.learning_rate == 5e-4 and args.report_to == "wandb"
-    both = ("--train_data_dir", "x", "--pretrained_model_name_or_path", "y", "--evaluator", "z")
-    args, _ = settings(monkeypatch, *both)
+    both = ["--train_data_dir", "x", "--pretrained_model_name_or_path", "y", "--evaluator", "z"]
+    args = script.parse_args(both)
     assert not args.scratch and not args.demo
     assert (args.max_train_steps, args.learning_rate, args.last_steps, args.anchor_weight) == (1000, 2e-5, 10, 1)
+
+
+def test_what_is_named_takes_the_place_of_the_demos_settings_even_where_it_is_the_scripts_default():
+    demo = json.loads((DEMO / "acpo_ddpm.json").read_text())
+    assert demo["late_start"] == "rollout" and script.parse_args(["--late_start", "data"]).late_start == "data"
+    assert demo["quality_weight"] != 1 and script.parse_args(["--quality_weight", "1"]).quality_weight == 1
+    assert script.parse_args(["--evaluator", "a", "b"]) == script.parse_args(["--evaluator", "a", "--evaluator", "b"])
+    assert script.parse_args(["--judge", "a", "b"]) == script.parse_args(["--judge", "a", "--judge", "b"])
+    assert script.parse_args(["--evaluator", "a", "b"]).evaluator_weight == [0.5, 0.5]
 
 
 FINE_TUNE = {
@@ -307,12 +307,15 @@ FINE_TUNE = {
     "unknown judge": ({"judge": "fid"}, "fid"),
     "kid of nothing": ({"judge": "kid", "num_validation_images": 0}, "--judge kid compares with held-out images"),
     "model": ({"pretrained_model_name_or_path": "no/such/model"}, "expected a DDPMPipeline or DDIMPipeline"),
-    "layers": ({"lora_target_modules": "to_nowhere"}, "--lora_target_modules to_nowhere"),
-    "checkpoint": ({"resume_from_checkpoint": "latest"}, "checkpoint"),
+    "layers": ({"lora_target_modules": "to_nowhere"}, "--lora_target_modules: expected names of layers"),
+    "checkpoint": ({"resume_from_checkpoint": "checkpoint-9"}, "checkpoint-9"),
     "output folder": ({"output_dir": "/proc/acpo"}, "/proc/acpo cannot be written to"),
     "late diffusion": ({"late_start": "rollout", "diffusion_timesteps": "late"}, "--late_start data"),
     "backprop": ({"late_steps": 2, "late_backprop_steps": 3}, "--late_backprop_steps"),
-    "weights": ({"quality_weight": 0, "anchor_weight": 0, "diffusion_weight": 0}, "one of them must be above 0"),
+    "weights": (
+        {"quality_weight": 0, "anchor_weight": 0, "diffusion_weight": 0},
+        "--diffusion_weight must be above 0",
+    ),
     "config of a model": ({"model_config_name_or_path": "x.json"}, "is for training from scratch"),
 }
 SCRATCH = {
@@ -324,36 +327,54 @@ SCRATCH = {
 
 
 @pytest.mark.parametrize("case", [*FINE_TUNE, *SCRATCH])
-def test_bad_input_is_one_line_that_names_it(flags, run, case):
+def test_bad_input_is_one_line_that_names_it(flags, case):
     changes, expected = (FINE_TUNE | SCRATCH)[case]
-    out = run(flags(scratch=case in SCRATCH, **changes), fails=True)
+    out = refused(SCRIPT, *flags(scratch=case in SCRATCH, **changes))
     assert expected in out and "\n" not in out.strip().split("error: ")[-1]
 
 
-def test_a_corrupt_image_is_named_and_can_be_skipped(flags, run, tmp_path):
+def test_a_corrupt_image_is_named_and_can_be_skipped(flags, tmp_path):
     folder = Path(pictures(tmp_path / "pictures", 8))
     whole = (folder / "02.png").read_bytes()
     (folder / "02.png").write_bytes(whole[: len(whole) // 2])
-    assert "02.png" in run(flags(train_data_dir=folder), fails=True)
-    run(flags(train_data_dir=folder, skip_bad_images=True, max_train_steps=1, num_eval_images=0))
+    assert "02.png" in refused(SCRIPT, *flags(train_data_dir=folder))
+    run_script(SCRIPT, *flags(train_data_dir=folder, skip_bad_images=True, max_train_steps=1, num_eval_images=0))
 
 
-def test_a_checkpoint_of_another_model_is_refused(flags, run, world, tmp_path):
-    run(flags("first", rank=0, max_train_steps=1, checkpointing_steps=1, num_eval_images=0))
-    shutil.copytree(tmp_path / "first" / "checkpoint-1", tmp_path / "lora" / "checkpoint-1")
-    shutil.copytree(tmp_path / "first" / "checkpoint-1", tmp_path / "wide" / "checkpoint-1")
-    options = {"resume_from_checkpoint": "latest", "num_eval_images": 0}
-    assert "expected a folder with adapter_config.json" in run(flags("lora", **options), fails=True)
-    config = world / "wide.json"
+def test_a_checkpoint_of_another_model_is_refused(flags, world, tmp_path):
+    """By its settings, and, where these are the same, by what it holds."""
+    once = {"max_train_steps": 1, "checkpointing_steps": 1, "num_eval_images": 0}
+    resumed = once | {"resume_from_checkpoint": "latest"}
+    run_script(SCRIPT, *flags("all weights", rank=0, **once))
+    assert "checkpoint-1 is of a run with --rank 0 (now 4)" in refused(SCRIPT, *flags("all weights", **resumed))
+    run_script(SCRIPT, *flags("lora", **once))
+    weights_file = tmp_path / "lora" / "checkpoint-1" / "adapter_model.safetensors"
+    weights_file.rename(weights_file.with_name("model.safetensors"))
+    assert "expected a folder with adapter_config.json" in refused(SCRIPT, *flags("lora", **resumed))
+    config = tmp_path / "config.json"
+    shutil.copy(world / "config.json", config)
+    new = {"scratch": True, "model_config_name_or_path": config, "last_steps": None}
+    run_script(SCRIPT, *flags("wide", **once, **new))
     config.write_text(json.dumps({"_class_name": "UNet2DModel"} | UNET2D_CONFIG | {"block_out_channels": (8, 24)}))
-    changes = {"scratch": True, "model_config_name_or_path": config, "last_steps": None}
-    out = run(flags("wide", **options, **changes), fails=True)
-    assert "checkpoint-1 is of another model" in out and "\n" not in out.strip()
+    assert "checkpoint-1 is of another model" in refused(SCRIPT, *flags("wide", **resumed, **new))
 
 
-def test_ten_steps_that_are_not_finite_end_the_run(flags, run, tmp_path):
+def test_zero_means_never(flags, tmp_path):
+    """8 pictures to train on in batches of 4: an epoch is two steps. With 1 all of it would be there."""
+    options = {"scratch": True, "last_steps": None, "train_batch_size": 4, "num_eval_images": 0}
+    made = {}
+    for every in (0, 1):
+        names = ("checkpointing_steps", "save_images_epochs", "save_model_epochs", "balance_steps")
+        out = run_script(SCRIPT, *flags(f"every {every}", **options, **dict.fromkeys(names, every)))
+        made[every] = {path.name for path in (tmp_path / f"every {every}").iterdir()}
+        assert ("shares of the gradient" in out) == bool(every)
+    assert made[1] - made[0] == {"samples"} | {f"checkpoint-{step}" for step in (1, 2, 3, 4)}
+    assert made[0] == {".lock", "args.json", "model_index.json", "README.md", "scheduler", "unet"}
+
+
+def test_ten_steps_that_are_not_finite_end_the_run(flags, tmp_path):
     options = {"evaluator": "python:tests.guides:breaks_after_the_contract_check", "max_train_steps": 12}
-    out = run(flags(checkpointing_steps=5, checkpoints_total_limit=1, **options), fails=True)
+    out = refused(SCRIPT, *flags(checkpointing_steps=5, checkpoints_total_limit=1, **options))
     assert "not finite in ten steps in a row, up to step 10" in out
     saved = load_file(tmp_path / "out" / "checkpoint-5" / "adapter_model.safetensors")
     assert all(w.isfinite().all() and (w == 0).all() == ("lora_B" in name) for name, w in saved.items())
