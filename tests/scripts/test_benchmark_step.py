@@ -1,25 +1,13 @@
 """The benchmark counts what it says: rows of the U-Net, and FLOP that fall as its flags promise."""
 
-import importlib.util
-
+import benchmark_step as script
 import pytest
 import torch
 
-from tests import REPOSITORY
+from tests.launching import EXAMPLES, refused
 
 
-SCRIPT = REPOSITORY / "examples" / "benchmark_step.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("benchmark_step", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_rows_and_flop_of_each_step(script):
+def test_rows_and_flop_of_each_step():
     world = script.World("half", "meta", torch.float32, 2)
     counted = {
         label: script.count(world, step)
@@ -36,7 +24,7 @@ def test_rows_and_flop_of_each_step(script):
 SLOW = ("DRaFT+, K = 1", "AlignProp, K = 1", "DDPO")  # a hundred rows and more
 
 
-def test_the_steps_run_and_train_the_lora(script):
+def test_the_steps_run_and_train_the_lora():
     torch.manual_seed(0)
     world = script.World("half", "cpu", torch.float32, 1)
     every = script.steps(script.load_script())
@@ -50,5 +38,13 @@ def test_the_steps_run_and_train_the_lora(script):
 
 
 @pytest.mark.slow
-def test_the_whole_script_is_timed(script):
+def test_the_whole_script_is_timed():
     assert script.script_seconds(script.World("half", "cpu", torch.float32, 1), script.load_script(), 1) > 0
+
+
+def test_mistakes_are_one_line():
+    benchmark = EXAMPLES / "benchmark_step.py"
+    assert "--repetitions: expected at least 1, found 0" in refused(benchmark, "--repetitions", 0)
+    assert script.parse_args([]).measure == ["flop", "cpu"]
+    if not torch.cuda.is_available():
+        assert "expected a CUDA device, found none" in refused(benchmark, "--measure", "cuda")

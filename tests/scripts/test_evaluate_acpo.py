@@ -2,13 +2,10 @@
 
 import csv
 import json
-import os
-import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import evaluate_acpo as script
 import numpy as np
 import pytest
 import torch
@@ -16,11 +13,10 @@ from PIL import Image
 
 from acpo_utils.evaluation.real_images import read_real_images
 from acpo_utils.randomness import step_generator
-from tests import REPOSITORY
-from tests.scripts.loading import load_script
+from tests.launching import EXAMPLES, command_line, launch, refused, run_script
 
 
-SCRIPT = REPOSITORY / "examples" / "evaluate_acpo.py"
+SCRIPT = EXAMPLES / "evaluate_acpo.py"
 PROMPTS = ["a red wall", "a blue wall", "a green | wall", 'a "yellow" wall', "two walls"]
 
 
@@ -31,29 +27,6 @@ def redness(images, prompts=None):
 
 def breaks(images, prompts=None):
     return redness(images) * torch.nan
-
-
-@pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """The script's main in this process; returns what it printed, or with `fails` its one line of error."""
-    from accelerate.state import AcceleratorState
-
-    script = load_script("evaluate_acpo")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def run(flags: list[str], fails: bool = False) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        capsys.readouterr()
-        if not fails:
-            script.main(script.parse_args(flags))
-            return capsys.readouterr().out
-        with pytest.raises((ValueError, SystemExit)) as stopped:
-            script.main(script.parse_args(flags))
-        if stopped.type is ValueError:
-            return str(stopped.value)
-        return capsys.readouterr().err.partition("error: ")[2].strip()  # of argparse
-
-    return run
 
 
 def save_tiny_lora(folder: Path, seed: int, guides: list[str] | None) -> Path:
@@ -96,11 +69,7 @@ def flags(tiny_pipeline, tiny_guide, loras, tmp_path):
             "metrics": [f"ipce:{tiny_guide}", "python:tests.scripts.test_evaluate_acpo:redness"],
             "output_dir": tmp_path / "out",
         } | changes
-        parts = []
-        for name, values in options.items():
-            if values is not None:
-                parts += [f"--{name}", *(values if isinstance(values, (list, tuple)) else [values])]
-        return [str(part) for part in parts]
+        return command_line(**options)
 
     return build
 
@@ -111,11 +80,12 @@ def pixels(path) -> np.ndarray:
 
 
 def test_two_loras_two_prompt_sets_and_every_output(
-    flags, loras, tmp_path, tiny_pipeline, tiny_guide, captioned_images, evaluate
+    flags, loras, tmp_path, tiny_pipeline, tiny_guide, captioned_images
 ):
     (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na tower\tWorld\na bridge\tWorld\na boat\tWorld\n")
-    out = evaluate(
-        flags(
+    out = run_script(
+        SCRIPT,
+        *flags(
             lora=loras,
             prompts=[tmp_path / "held-out.txt", f"partiprompts:{tmp_path / 'parti.tsv'}"],
             metrics=[f"ipce:{tiny_guide}", "python:tests.scripts.test_evaluate_acpo:redness", "mse", "pickscore"]
@@ -123,7 +93,7 @@ def test_two_loras_two_prompt_sets_and_every_output(
             real_data_dir=captioned_images,
             max_real_images=4,
             num_grid_pairs=2,
-        )
+        ),
     )
     folder = tmp_path / "out"
     results = json.loads((folder / "results.json").read_text())
@@ -201,7 +171,6 @@ def test_latents_are_not_clipped_whatever_scheduler_the_model_was_saved_with(fla
     """A PNDM scheduler's configuration says nothing of clip_sample, which DDIM by itself switches on."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-    script = load_script("evaluate_acpo")
     folder = tmp_path / "pndm"
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     pipeline.scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
@@ -219,12 +188,12 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def test_a_second_run_keeps_what_is_finished_and_makes_the_rest_again(flags, tmp_path, evaluate):
+def test_a_second_run_keeps_what_is_finished_and_makes_the_rest_again(flags, tmp_path):
     folder = tmp_path / "out"
-    evaluate(flags())
+    run_script(SCRIPT, *flags())
     before = state(folder)
     assert len(before) == 10
-    evaluate(flags())
+    run_script(SCRIPT, *flags())
     assert state(folder) == before, "nothing is drawn again"
 
     damaged = {"images/base/held-out-000001.png", "images/first/held-out-000004.png"}
@@ -234,7 +203,7 @@ def test_a_second_run_keeps_what_is_finished_and_makes_the_rest_again(flags, tmp
     manifest = folder / "images" / "first" / "manifest.jsonl"
     lines = manifest.read_text().splitlines()
     manifest.write_text("\n".join(lines[1:]) + "\n")  # as if image 0 had never been finished
-    evaluate(flags())
+    run_script(SCRIPT, *flags())
     after = state(folder)
     assert {name: content for name, (content, _) in after.items()} == {
         n: content for n, (content, _) in before.items()
@@ -243,36 +212,22 @@ def test_a_second_run_keeps_what_is_finished_and_makes_the_rest_again(flags, tmp
     assert changed == damaged | {"images/first/held-out-000000.png"}
 
     # Another seed is other images; so are other weights under the same name, and the base stays.
-    evaluate(flags(seed=1))
+    run_script(SCRIPT, *flags(seed=1))
     assert all(state(folder)[name][0] != content for name, (content, _) in after.items())
     seeded = state(folder)
     other = save_tiny_lora(tmp_path / "first", 3, None)
-    evaluate(flags(seed=1, lora=other))
+    run_script(SCRIPT, *flags(seed=1, lora=other))
     again = state(folder)
     assert all((again[name] == seeded[name]) == ("base" in name) for name in seeded)
 
 
-def test_an_error_ends_the_command_in_one_line(flags, monkeypatch):
-    """The script as a command, up to its first mistake."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags(lora="no/such/lora")])
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(SystemExit, match="^error: LoRA file not found: no/such/lora"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-def test_two_processes_draw_what_one_draws(flags, tmp_path, evaluate):
-    evaluate(flags())
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "29627", "--num_processes", "2"]
-    command += [str(SCRIPT), *flags(output_dir=tmp_path / "two")]
-    environment["PYTHONPATH"] = str(REPOSITORY)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+def test_two_processes_draw_what_one_draws(flags, tmp_path):
+    run_script(SCRIPT, *flags())
+    out = launch(SCRIPT, *flags(output_dir=tmp_path / "two"), num_processes=2)
     one, two = state(tmp_path / "out"), state(tmp_path / "two")
     assert len(one) == 10 and {n: content for n, (content, _) in one.items()} == {n: c for n, (c, _) in two.items()}
     rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("out", "two")]
-    assert rows[0] == rows[1] and "The report is" in done.stdout
+    assert rows[0] == rows[1] and "The report is" in out
     assert [path.name for path in (tmp_path / "two" / "images" / "base").glob("*.jsonl")] == ["manifest.jsonl"]
 
 
@@ -292,7 +247,7 @@ def save_tiny_ddpm(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_unconditional_models_without_prompts(flags, tmp_path, captioned_images, evaluate):
+def test_unconditional_models_without_prompts(flags, tmp_path, captioned_images):
     base, tuned = save_tiny_ddpm(tmp_path / "ddpm", 0), save_tiny_ddpm(tmp_path / "ddpm-acpo", 1)
     options = flags(
         pretrained_model_name_or_path=base,
@@ -303,7 +258,7 @@ def test_unconditional_models_without_prompts(flags, tmp_path, captioned_images,
         real_data_dir=captioned_images,
         metrics=["python:tests.scripts.test_evaluate_acpo:redness", "mse", "fid"],
     )
-    evaluate(options)
+    run_script(SCRIPT, *options)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [prompt["text"] for prompt in results["prompts"]] == [None] * 4
     assert {row["metric"] for row in results["rows"]} >= {"mse", "redness"}
@@ -319,10 +274,9 @@ def test_unconditional_models_without_prompts(flags, tmp_path, captioned_images,
 
 
 def test_the_demo_is_compared_by_its_guide_and_its_judge(loras):
-    script = load_script("evaluate_acpo")
     args = script.parse_args(["--lora", str(loras[0])])
-    settings = json.loads((SCRIPT.parent / "demo" / "evaluation.json").read_text())
-    assert args.demo and args.pretrained_model_name_or_path == str(SCRIPT.parent / "demo" / "pipeline")
+    settings = json.loads((EXAMPLES / "demo" / "evaluation.json").read_text())
+    assert args.demo and args.pretrained_model_name_or_path == str(EXAMPLES / "demo" / "pipeline")
     assert {name: getattr(args, name) for name in settings if name != "pretrained_model_name_or_path"} == {
         name: value for name, value in settings.items() if name != "pretrained_model_name_or_path"
     }
@@ -331,7 +285,7 @@ def test_the_demo_is_compared_by_its_guide_and_its_judge(loras):
     prompts = script.read_all_prompts(args)
     assert len(prompts) == 100 and all(prompt.set == "new_combinations" for prompt in prompts)
     metrics = script.choose_metrics(args, {"first": ["ipce:guide"]})
-    judge = SCRIPT.parent / "demo" / "judge"
+    judge = EXAMPLES / "demo" / "judge"
     assert metrics == ["ipce:guide", f"judge:{judge}", f"judge-kid:{judge}", "mse"]
     real = read_real_images(args.real_data_dir, max_real_images=args.max_real_images)
     assert len(real.dataset) == 200 and real.image_column == "image" and real.captions is None
@@ -358,24 +312,24 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_that_names_it(flags, case, evaluate):
+def test_bad_input_is_one_line_that_names_it(flags, case):
     changes, expected = BAD_INPUT[case]
-    message = evaluate(flags(**changes), fails=True)
+    message = refused(SCRIPT, *flags(**changes))
     assert expected in message and "\n" not in message
 
 
-def test_models_that_do_not_fit_are_refused(flags, tmp_path, loras, tiny_pipeline, evaluate):
+def test_models_that_do_not_fit_are_refused(flags, tmp_path, loras, tiny_pipeline):
     ddpm = save_tiny_ddpm(tmp_path / "ddpm", 0)
-    message = evaluate(flags(finetuned=ddpm), fails=True)
+    message = refused(SCRIPT, *flags(finetuned=ddpm))
     assert "expected a pipeline like the base model's, found DDPMPipeline" in message
-    message = evaluate(flags(pretrained_model_name_or_path=ddpm), fails=True)
+    message = refused(SCRIPT, *flags(pretrained_model_name_or_path=ddpm))
     assert "takes no --lora" in message
     shutil.copytree(loras[0], tmp_path / "damaged")
     file = tmp_path / "damaged" / "pytorch_lora_weights.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    message = evaluate(flags(lora=tmp_path / "damaged"), fails=True)
+    message = refused(SCRIPT, *flags(lora=tmp_path / "damaged"))
     assert "is damaged" in message and not (tmp_path / "out").exists()
     (tmp_path / "same").mkdir()
     (tmp_path / "same" / "held-out.txt").write_text("one\ntwo\n")
     twice = [tmp_path / "held-out.txt", tmp_path / "same" / "held-out.txt"]
-    assert "rename one of the two files" in evaluate(flags(prompts=twice), fails=True)
+    assert "rename one of the two files" in refused(SCRIPT, *flags(prompts=twice))
