@@ -29,6 +29,7 @@ MEASURED = {
     "on_hacking",
     "balance_steps",
     "group_column",
+    "mismatch_column",
     "max_validation_samples",
     "max_test_samples",
 }
@@ -42,6 +43,7 @@ WRITTEN = {
     "save_images_epochs",
     "save_model_epochs",
     "weight_dtype",  # of the files
+    "data_description",
     "push_to_hub",
     "hub_model_id",
     "hub_token",
@@ -73,6 +75,8 @@ def _may_differ(settings: dict) -> set[str]:
         names = names | {"num_inference_steps"}
         if not settings.get("scored_guidance"):
             names = names | {"guidance_scale"}
+    if "mos_column" in settings:  # stage 1: validation chooses the evaluator that is kept
+        names = names - {"validation_steps", "max_validation_samples"}
     if settings.get("validation_data_dir", "") is None:  # the images held out are taken from the training's
         names = names - {"validation_data_dir", "num_validation_images"}
     return names
