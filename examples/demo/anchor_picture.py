@@ -13,13 +13,13 @@ import textwrap
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from matplotlib.figure import Figure
 
 from acpo_utils.data import read_prompts
 from acpo_utils.evaluation.sampling import sample_images, score_images
 from acpo_utils.evaluators import load_evaluator, load_judges
 from acpo_utils.files import atomic_write
+from acpo_utils.stable_diffusion import build_pipeline, load_stable_diffusion
 
 
 DEMO = Path(__file__).parent
@@ -31,8 +31,14 @@ def sample_models(args, prompts):
     """{model: images (N, 3, H, W) in [0, 1]}."""
     images = {}
     for name, lora in (("base", None), ("with the anchor", args.lora), ("without it", args.no_anchor_lora)):
-        pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "pipeline")
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        noise_scheduler, tokenizer, text_encoder, vae, unet = load_stable_diffusion(
+            DEMO / "pipeline",
+            revision=None,
+            variant=None,
+            weight_dtype=torch.float32,
+            device="cpu",
+        )
+        pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
         if lora is not None:
             pipeline.load_lora_weights(lora)
         images[name] = sample_images(
