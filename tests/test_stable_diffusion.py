@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from acpo_utils.late_step import decode_latents, rollout_late_latents
 from acpo_utils.stable_diffusion import build_pipeline, encode_images, latent_scheduler, load_stable_diffusion
+from tests import REPOSITORY
 from tests.tiny_models import tiny_vae
 
 
@@ -204,3 +205,10 @@ def test_latents_are_never_clipped():
     scheduler = DDIMScheduler.from_config(latent_scheduler(config).config)
     assert not scheduler.config.clip_sample and not scheduler.config.thresholding
     assert scheduler.config.steps_offset == 1
+
+
+def test_the_demos_pipeline_has_one_precision_as_the_readme_loads_it():
+    """Its files are fp16; diffusers loads them as fp32, transformers as what the text encoder's config.json says."""
+    pipeline = StableDiffusionPipeline.from_pretrained(REPOSITORY / "examples" / "demo" / "pipeline")
+    models = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.float32}

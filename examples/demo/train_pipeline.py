@@ -208,6 +208,9 @@ def save_pipeline(models: dict, prompts: list[str], output_dir: Path, seed: int)
     StableDiffusionPipeline(
         **models | halves, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     ).save_pretrained(temporary)
+    # diffusers loads fp16 files as fp32; transformers loads what its config.json says, and the two would not fit.
+    config = temporary / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     shutil.rmtree(output_dir, ignore_errors=True)
     temporary.rename(output_dir)
 
