@@ -2,7 +2,6 @@
 
 import csv
 import fcntl
-import importlib.util
 import json
 import os
 import re
@@ -13,15 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+import run_ablations as script
 import torch
 from scipy import stats
 
 from acpo_utils.ablations.check import check_flags
 from acpo_utils.ablations.grid import check_rows, variant_row
-from tests import REPOSITORY
+from tests.launching import EXAMPLES, ON_CPU, fresh_process
 
 
-SCRIPT = REPOSITORY / "examples" / "run_ablations.py"
+SCRIPT = EXAMPLES / "run_ablations.py"
 # Every flag that a script has, with real consequences that take no time: no model, no images.
 QUICK = """
 import argparse, json, time
@@ -51,42 +51,32 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("run_ablations", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
 def quick(tmp_path) -> str:
     (tmp_path / "quick.py").write_text(QUICK)
     return str(tmp_path / "quick.py")
 
 
 @pytest.fixture
-def ablate(script, monkeypatch, capsys, tmp_path):
+def ablate(capsys, tmp_path):
     """The script's main in this process, output folder `out`; what it printed, or its one line of error."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(*words, fails=False) -> str:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output_dir", str(tmp_path / "out"), *map(str, words)])
-        if not fails:
-            script.main(script.parse_args())
-            return capsys.readouterr().out
-        with pytest.raises((ValueError, SystemExit)) as stopped:
-            script.main(script.parse_args())
+        words = ["--output_dir", str(tmp_path / "out"), *map(str, words)]
+        with fresh_process():
+            if not fails:
+                script.main(script.parse_args(words))
+                return capsys.readouterr().out
+            with pytest.raises((ValueError, SystemExit)) as stopped:
+                script.main(script.parse_args(words))
         captured = capsys.readouterr()
         message = str(stopped.value) if stopped.type is ValueError else captured.err.partition("error: ")[2].strip()
         assert message and "\n" not in message
         return message + ("\n" + captured.out if captured.out else "")
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
-def test_named_grids_are_the_papers(script):
+def test_named_grids_are_the_papers():
     assert [f"table{n}" for n in range(4, 12)] + ["ddpm"] == list(script.NAMED_GRIDS)
     values = {
         name: [re.findall(r"--(\w+)(?: ([\d.]+))?", flags) for row, flags in rows.items() if row != "baseline"]
@@ -103,7 +93,7 @@ def test_named_grids_are_the_papers(script):
 
 
 @pytest.mark.parametrize("name", ["train_acpo_lora_sd.py", "train_acpo_ddpm.py"])
-def test_the_scripts_take_every_flag_of_their_named_grids(script, name):
+def test_the_scripts_take_every_flag_of_their_named_grids(name):
     model = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", "--evaluator", "z"]
     flags = [
         [*model, *variant_row(row, text).flags]
@@ -112,27 +102,25 @@ def test_the_scripts_take_every_flag_of_their_named_grids(script, name):
         for row, text in rows.items()
     ]
     assert len(flags) > 10
-    answers = check_flags(SCRIPT.with_name(name), [], [*flags, [*model, "--tmax", "late"]])
+    answers = check_flags(EXAMPLES / name, [], [*flags, [*model, "--tmax", "late"]])
     assert [answer["error"] for answer in answers[:-1]] == [None] * len(flags)
     assert answers[-1]["error"] == "argument --tmax: invalid int value: 'late'"
 
 
-def test_rows_of_named_grids_have_folders_of_their_own(script):
+def test_rows_of_named_grids_have_folders_of_their_own():
     for _, rows in script.NAMED_GRIDS.values():
         check_rows([variant_row(name, flags) for name, flags in rows.items()])
 
 
-def test_plan(script, monkeypatch, tmp_path):
+def test_plan():
     words = ["--grid", "tmax=1,2", "--variant", "full:", "--seeds", "2", "--", "--rank", "8"]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
-    args = script.parse_args()
+    args = script.parse_args(words)
     rows, runs = script.plan(args)
     assert [row.name for row in rows] == ["full", "tmax=1", "tmax=2"]
     assert [(run.row, run.seed) for run in runs] == [(row.name, seed) for seed in (0, 1) for row in rows]
     assert runs[4].flags == ("--rank", "8", "--tmax", "1", "--seed", "1")
     assert runs[4].folder == Path("ablations/tmax=1,seed=1") and Path(args.script).name == "train_acpo_lora_sd.py"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--grid", "table8", "--variant", "mine: --last_steps 3"])
-    args = script.parse_args()
+    args = script.parse_args(["--grid", "table8", "--variant", "mine: --last_steps 3"])
     rows, _ = script.plan(args)
     assert [rows[0].name, rows[1].name, len(rows)] == ["mine", "baseline", 5]
     assert args.output_dir == "ablations/table8" and Path(args.script).name == "train_acpo_ddpm.py"
@@ -208,12 +196,12 @@ def test_a_failed_run_is_reported_and_the_others_go_on(ablate, quick, tmp_path):
     assert "holds a run of another command (there fail true, gain not given, now fail not given, gain 3)" in out
 
 
-def test_an_interrupted_run_ends_its_training_and_is_continued(quick, tmp_path):
+def test_an_interrupted_run_ends_its_training_and_is_continued(ablate, quick, tmp_path):
     folder = tmp_path / "out" / "slow,seed=0"
-    words = [sys.executable, SCRIPT, "--script", quick, "--variant", "quick:", "--variant", "slow: --wait"]
-    words += ["--seeds", "1", "--output_dir", tmp_path / "out"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["--script", quick, "--variant", "quick:", "--variant", "slow: --wait", "--seeds", "1"]
+    command = [sys.executable, SCRIPT, "--output_dir", tmp_path / "out", *words]
+    environment = os.environ | ON_CPU
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (folder / "checkpoint-1").is_dir():
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -224,8 +212,7 @@ def test_an_interrupted_run_ends_its_training_and_is_continued(quick, tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert json.loads((folder / "run.json").read_text())["finished"] is False
 
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "1 of 2 runs were finished before" in done.stdout, done.stderr
+    assert "1 of 2 runs were finished before" in ablate(*words)
     log = (folder / "run.log").read_text()
     assert log.count("$ accelerate launch") == 2 and log.count("--resume_from_checkpoint latest") == 1
 
@@ -253,7 +240,7 @@ def test_end_to_end_on_a_tiny_ddpm(ablate, tmp_path):
         "report_to": "none",
     }
     passed_on = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    words = ["--script", SCRIPT.with_name("train_acpo_ddpm.py"), "--grid", "last_steps=2", "--seeds", "2", "--"]
+    words = ["--script", EXAMPLES / "train_acpo_ddpm.py", "--grid", "last_steps=2", "--seeds", "2", "--"]
     out = ablate(*words, *passed_on)
     folders = [tmp_path / "out" / f"last_steps=2,seed={seed}" for seed in (0, 1)]
     metrics = [json.loads((folder / "metrics.json").read_text())["comparisons"] for folder in folders]
