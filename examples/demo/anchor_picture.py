@@ -5,7 +5,7 @@
     python examples/demo/anchor_picture.py
 
 Which four of the held-out prompts are shown is a rule and no choice: of the first 64, those whose guide's gain, with the
-anchor, lies at the 80, 60, 40 and 20 % quantile. Two minutes on a CPU.
+anchor, lies at the 80, 60, 40 and 20 % quantile. Four minutes on one CPU core.
 """
 
 import argparse
