@@ -264,6 +264,10 @@ def parse_args(input_args=None):
         check_args(args)
     except ValueError as error:
         parser.error(str(error))
+    if not args.lora_path:  # a saved LoRA has them in its file
+        args.rank = args.rank or 4
+        args.lora_alpha = args.lora_alpha or args.rank
+        args.lora_target_modules = args.lora_target_modules or "to_k,to_q,to_v,to_out.0"
     return args
 
 
@@ -329,9 +333,8 @@ def load_models(args, weight_dtype, device):
 
 def add_lora(unet, args):
     """A new adapter, or the one of --lora_path; its weights in fp32, whatever the base's precision. Returns them."""
-    target_modules = None
-    if args.lora_target_modules:
-        target_modules = [name.strip() for name in args.lora_target_modules.split(",")]
+    given = args.lora_target_modules
+    target_modules = [name.strip() for name in given.split(",")] if given else None
     if args.lora_path:
         saved = lora.read_lora_config(args.lora_path)
         lora.check_lora_options(unet, saved, rank=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules)
@@ -339,9 +342,6 @@ def add_lora(unet, args):
         args.lora_alpha = saved["alpha"]
         target_modules = saved["target_modules"]
     else:
-        args.rank = args.rank or 4
-        args.lora_alpha = args.lora_alpha or args.rank
-        target_modules = target_modules or ["to_k", "to_q", "to_v", "to_out.0"]
         lora.check_target_modules(unet, target_modules)
     lora_config = LoraConfig(
         r=args.rank,
