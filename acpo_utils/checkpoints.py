@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 RUN_STATE = "run_state.json"
 
 
+def is_due(step: int, every: int) -> bool:
+    """Whether what is done every so many steps is due after `step`, counted from 1; `every` 0 means never."""
+    return every > 0 and step % every == 0
+
+
 def checkpoint_step(path: str | Path) -> int:
     """The number in `checkpoint-N`. Raises ValueError for any other name."""
     prefix, _, step = Path(path).name.partition("-")

@@ -57,7 +57,7 @@ from acpo_utils.evaluation.table import (
     set_row,
     write_evaluation_tables,
 )
-from acpo_utils.files import atomic_write, load_strictly
+from acpo_utils.files import atomic_write, load_strictly, one_line
 from acpo_utils.late_step import lora_below
 from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config
 from acpo_utils.randomness import step_generator
@@ -175,7 +175,7 @@ def measure(metrics, files, errors, prompts, real, guides, device, args):
             comparisons, of_images = measure_metric(metric, files, errors, prompts, real, device, args)
         except (ValueError, ImportError, OSError, RuntimeError) as error:
             # Weights, packages, memory, values that are not finite: the rest goes on.
-            unavailable[label] = " ".join(str(error).split())
+            unavailable[label] = one_line(error)
             logger.warning(f"{label} is unavailable: {unavailable[label]}")
             continue
         if of_images:

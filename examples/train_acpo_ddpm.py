@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from acpo_utils import check_min_version, data, ddpm, late_step, losses
 from acpo_utils.anchor import base_prediction
-from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, release_signals
+from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, is_due, release_signals
 from acpo_utils.ddpm import SAMPLERS
 from acpo_utils.evaluation.sampling import sample_unconditional
 from acpo_utils.evaluation.unconditional import compare_unconditional_models, split_judges
@@ -37,7 +37,7 @@ from acpo_utils.evaluators import guide_parts, guide_score, load_guide, part_sco
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.lora import check_target_modules
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
-from acpo_utils.training.arguments import check_numbers, check_objective, is_due, read_demo_settings
+from acpo_utils.training.arguments import check_numbers, check_objective, read_demo_settings
 from acpo_utils.training.ema import ema_weights, register_ema_hooks
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.guide_check import check_guide

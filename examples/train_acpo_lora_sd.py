@@ -23,14 +23,14 @@ from tqdm.auto import tqdm
 
 from acpo_utils import check_min_version, data, late_step, lora, losses, stable_diffusion
 from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
-from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, release_signals
+from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, is_due, release_signals
 from acpo_utils.evaluation.comparison import compare_models
 from acpo_utils.evaluation.sampling import sample_images
 from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges, part_scores
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.sharding import SHARDED, WEIGHT_DTYPES, full_weights, prepare
-from acpo_utils.training.arguments import check_numbers, check_objective, is_due, read_demo_settings
+from acpo_utils.training.arguments import check_numbers, check_objective, read_demo_settings
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.guide_check import check_guide, decoded_examples
 from acpo_utils.training.hacking_alarm import HackingAlarm

@@ -22,6 +22,7 @@ from acpo_utils.checkpoints import (
     checkpoint_or_stop,
     checkpoint_step,
     find_checkpoint,
+    is_due,
     release_signals,
     save_checkpoint,
 )
@@ -388,3 +389,9 @@ def test_two_processes_each_resume_with_their_own_random_state(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "rank 0 is exact" in result.stdout and "rank 1 is exact" in result.stdout
     assert {f"random_states_{rank}.pkl" for rank in (0, 1)} <= set(os.listdir(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_is_due():
+    assert [step for step in range(1, 8) if is_due(step, 3)] == [3, 6]
+    assert [step for step in range(1, 4) if is_due(step, 1)] == [1, 2, 3]
+    assert not any(is_due(step, 0) for step in range(1, 100))

@@ -33,9 +33,10 @@ def load_captioned_images(
 
     A folder holds images with a metadata.jsonl, .csv or .parquet (`file_name` and the caption column) or with a .txt
     beside each; or parquet files named after their split (`train.parquet`, `train-*.parquet`, `data/train-*.parquet`);
-    or what `save_to_disk` wrote. A file is a parquet file, or that metadata. `max_train_samples` takes a random subset chosen by `seed`. `image_column` None: "image", or "img" if there is only that (CIFAR-10). `caption_column`
-    None: images alone will do. The image column comes undecoded, as rows of {"bytes", "path"}, so that a file that
-    cannot be read can be named (`check_images`).
+    or what `save_to_disk` wrote. A file is a parquet file, or that metadata. `max_train_samples` takes a random subset
+    chosen by `seed`. `image_column` None: "image", or "img" if there is only that (CIFAR-10). `caption_column` None:
+    images alone will do. The image column comes undecoded, as rows of {"bytes", "path"}, so that a file that cannot be
+    read can be named (`check_images`).
 
     Raises ValueError, in one line, for an unknown path or column, an empty data set, a column that holds no images
     or no captions, and if not exactly one source is given.

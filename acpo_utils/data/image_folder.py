@@ -19,7 +19,7 @@ from acpo_utils.files import one_line
 logger = logging.getLogger(__name__)
 
 CAPTIONS = (".txt", ".caption")  # kohya's two, the first also ComfyUI's
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+ARCHIVE_ENDINGS = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
 def load_image_folder(
@@ -50,7 +50,7 @@ def load_image_folder(
     else:
         records, why = [{"image": Path(picture)} for picture in pictures], ""
     if not records:
-        unpack = " Unpack archives first." if any(file.lower().endswith(ARCHIVES) for file in files) else ""
+        unpack = " Unpack archives first." if any(file.lower().endswith(ARCHIVE_ENDINGS) for file in files) else ""
         raise ValueError(
             f"--train_data_dir {folder}: found no pictures but {_endings(files)}. Expected images with a metadata.jsonl, "
             f".csv or .parquet, or with a .txt beside each, or parquet files.{unpack}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 from pyarrow import parquet
 
-from acpo_utils.data.image_folder import ARCHIVES, load_image_folder
+from acpo_utils.data.image_folder import ARCHIVE_ENDINGS, load_image_folder
 from acpo_utils.data.metadata import METADATA
 from acpo_utils.files import one_line, parquet_errors
 
@@ -42,7 +42,7 @@ def open_local(
         return load_image_folder(path.parent, image_column, caption_column, metadata=path)
     if kind == ".parquet":
         return _load_parquet(path, [path], split, cache_dir)
-    if kind in ARCHIVES:
+    if kind in ARCHIVE_ENDINGS:
         raise ValueError(
             f"--train_data_dir {path}: expected a folder, found an archive: unpack it and name its folder."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from acpo_utils.files import one_line
 
 
-ARCHIVES = {b"PK\3\4": "a zip archive", b"\x1f\x8b": "a gzip archive"}
+ARCHIVE_MARKS = {b"PK\3\4": "a zip archive", b"\x1f\x8b": "a gzip archive"}
 
 
 def read_text(path: Path) -> str:
@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
     Raises ValueError naming the file, and the row where there is one, for an archive and for what is not UTF-8.
     """
     content = path.read_bytes()
-    for mark, name in ARCHIVES.items():
+    for mark, name in ARCHIVE_MARKS.items():
         if content.startswith(mark):
             raise ValueError(f"{path}: expected UTF-8 text, found {name}: unpack it and name the file inside.")
     content = content.removeprefix(codecs.BOM_UTF8)

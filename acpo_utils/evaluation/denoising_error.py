@@ -16,6 +16,7 @@ from acpo_utils.anchor import base_prediction
 from acpo_utils.evaluation.set_metrics import read_images
 from acpo_utils.losses import diffusion_target
 from acpo_utils.randomness import step_generator
+from acpo_utils.stable_diffusion import scale_latents
 
 
 MSE_TIMESTEPS = 10
@@ -115,7 +116,7 @@ def pipeline_denoising_error(
             prompt_embeds = pipeline.encode_prompt(texts, device, 1, False)[0]  # (B, tokens, dim)  c
             mean_std = pipeline.vae.encode(pixels.to(pipeline.vae.dtype)).latent_dist
             sampled = mean_std.mean + mean_std.std * fixed_noise(mean_std.mean, seed, rows, MSE_TIMESTEPS)
-            pixels = (sampled * pipeline.vae.config.scaling_factor).to(unet.dtype)  # (B, 4, h, w)  x0
+            pixels = scale_latents(sampled, pipeline.vae).to(unet.dtype)  # (B, 4, h, w)  x0
         pixels = pixels[:, : unet.config.in_channels]  # of a model of grey images
 
         def predict(noisy, timesteps, prompt_embeds=prompt_embeds):  # an unconditional U-Net has None in their place
@@ -145,7 +146,7 @@ def prediction_drift(
         rows = range(start, min(start + batch_size, len(images)))
         prompt_embeds = pipeline.encode_prompt([prompts[row] for row in rows], device, 1, False)[0]  # (B, tokens, dim)
         pixels = (images[start : rows.stop] * 2 - 1).to(device, vae.dtype)  # (B, 3, H, W) in [-1, 1]
-        latents = (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).to(unet.dtype)  # (B, 4, h, w)
+        latents = scale_latents(vae.encode(pixels).latent_dist.mode(), vae).to(unet.dtype)  # (B, 4, h, w)
         total = torch.zeros(len(rows), device=device)
         for noisy_latents, _, timesteps in noised(noise_scheduler, latents, rows, seed):
             base_pred = base_prediction(unet, noisy_latents, timesteps, prompt_embeds)  # eps_theta

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from acpo_utils.evaluators.open_clip_models import warn_of_truncation
 from acpo_utils.evaluators.score_scale import to_unit_interval
+from acpo_utils.files import one_line
 
 
 if TYPE_CHECKING:  # transformers takes seconds
@@ -155,7 +156,7 @@ def load_clip_metric(name: str, path: str | None = None, device: str | torch.dev
         factor = model.logit_scale.exp().item() if name == "pickscore" else 100.0
         return CLIPMetric(model, tokenizer, image_processor, factor, score_range).to(device)
     except Exception as error:  # of many kinds: network, file system, safetensors, shapes, tokenizer
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if path is not None:
             raise ValueError(f'Evaluator "{name}:{path}": cannot load a CLIP from that folder: {reason}') from error
         raise ValueError(

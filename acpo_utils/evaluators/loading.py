@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from acpo_utils.evaluators.protocol import Evaluator
+from acpo_utils.files import one_line
 
 
 # kind in a spec: (class in a saved evaluator's config.json, module that holds it)
@@ -167,7 +168,7 @@ def _load_saved(spec: str, kind: str, rest: str, device: str | torch.device | No
         evaluator = getattr(importlib.import_module(module), class_name).from_pretrained(path, use_safetensors=True)
     except Exception as error:  # of many kinds: file system, safetensors, shapes, tokenizer, network
         where = "a local folder or a repository on the hub" if on_hub else f"a complete {class_name} folder"
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"Evaluator {spec!r}: expected {where}, but it cannot be loaded: {reason}") from error
     return evaluator.requires_grad_(False).eval().to(device)
 

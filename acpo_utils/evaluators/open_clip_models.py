@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from acpo_utils.files import one_line
+
 
 if TYPE_CHECKING:  # open_clip takes seconds
     from open_clip.model import CLIP, CustomTextCLIP
@@ -138,6 +140,6 @@ def load_open_clip(clip_model: str, clip_pretrained: str | None = None) -> tuple
             source = clip_config["text_cfg"].get("hf_tokenizer_name")
         tokenizer = build_tokenizer(clip_config, source)
     except (RuntimeError, OSError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"Cannot load CLIP {clip_model!r} with weights {clip_pretrained!r}: {reason}") from error
     return clip, json.loads(json.dumps(clip_config)), tokenizer, open_clip.get_model_preprocess_cfg(clip)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from acpo_utils.evaluators.score_scale import to_unit_interval
-from acpo_utils.files import no_pickles
+from acpo_utils.files import no_pickles, one_line
 
 
 if TYPE_CHECKING:
@@ -92,6 +92,6 @@ def load_pyiqa_metric(name: str, device: str | torch.device | None = None) -> Py
             device = torch.device(device or "cpu")
             metric = pyiqa.create_metric(name, as_loss=True, loss_reduction="none", device=device)
     except Exception as error:  # of many kinds: network, unpickling, optional packages of single metrics
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f'Evaluator "pyiqa:{name}": pyiqa cannot load it: {reason}') from error
     return PyIQAMetric(metric, name)

@@ -6,7 +6,7 @@ import torch
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, release_signals
+from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, is_due, release_signals
 from acpo_utils.ratings.best import Best, best_folder
 from acpo_utils.ratings.report import log_measured, measure, predict
 from acpo_utils.ratings.stages import ScoreMaps, Stage
@@ -81,7 +81,7 @@ def train_steps(
         }
         accelerator.log(logs, step=step)
         progress.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
-        if _is_due(step, args.validation_steps, stage):
+        if is_due(step, args.validation_steps) or step == stage.end:
             scores = predict(model, score, validation_loader, accelerator, "validation")
             lines = best.lines if maps is None else accelerator.unwrap_model(maps).lines()
             measured = measure(stage, "validation", scores, lines, measure_rows, args)
@@ -89,17 +89,12 @@ def train_steps(
             if best.improve(step, measured, lines) and accelerator.is_main_process:
                 save(accelerator.unwrap_model(model), best_folder(args, stage.number))
             model.train()
-        due = _is_due(step, args.checkpointing_steps, stage)
+        due = is_due(step, args.checkpointing_steps) or step == stage.end
         checkpoint_or_stop(accelerator, args.output_dir, step, due, args.checkpoints_total_limit)
     release_signals()
     progress.close()
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # the next stage has an optimizer, and a schedule, of its own
-
-
-def _is_due(step: int, every: int, stage: Stage) -> bool:
-    """Every so many steps, 0 for never, and always after a stage's last one."""
-    return step == stage.end or (every > 0 and step % every == 0)
 
 
 def _log_start(stage: Stage, parameters: Sequence[torch.nn.Parameter], step: int, args) -> None:

@@ -124,11 +124,6 @@ def check_objective(args) -> None:
         raise ValueError("--hub_token would be logged by wandb: use `hf auth login` instead")
 
 
-def is_due(step: int, every: int) -> bool:
-    """Whether what is done every so many steps is due after `step`, counted from 1; `every` 0 means never."""
-    return every > NEVER and step % every == 0
-
-
 def read_demo_settings(file: Path, given) -> dict:
     """The embedded demo's settings by flag, from a JSON file; `$DEMO` in them is the folder of that file.
 

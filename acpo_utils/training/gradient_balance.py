@@ -3,6 +3,7 @@
 import torch
 from accelerate.logging import get_logger
 
+from acpo_utils.checkpoints import is_due
 from acpo_utils.losses import quality_loss
 from acpo_utils.sharding import SHARDED
 
@@ -56,7 +57,7 @@ class GradientBalance:
             unweighted L_quality (eq. 6) of its samples, where the batch has any. Means over the processes, each of
             which takes its own batch's gradient.
         """
-        if not (self.every and step % self.every == 0 and self.accelerator.sync_gradients):
+        if not (is_due(step, self.every) and self.accelerator.sync_gradients):
             return {}
         weights = {"loss_diffusion": diffusion_weight, "loss_anchor": anchor_weight, "loss_quality": quality_weight}
         used = {name: weight for name, weight in weights.items() if weight and name in terms}

@@ -7,6 +7,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 
 from acpo_utils.checkpoints import RUN_STATE, checkpoint_step, read_run_state
+from acpo_utils.files import one_line
 from acpo_utils.sharding import load_state
 
 
@@ -128,7 +129,7 @@ class RunState:
         try:
             load_state(self.accelerator, self.checkpoint)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise ValueError(f"{self.checkpoint} is of another model: {reason}") from error
         step = checkpoint_step(self.checkpoint)
         logger.info(f"Resuming from {self.checkpoint} at step {step}")

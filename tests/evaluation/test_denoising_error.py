@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torchvision.utils import save_image
 
-from acpo_utils.evaluation.denoising_error import prediction_drift
+from acpo_utils.evaluation.denoising_error import pipeline_denoising_error, prediction_drift
 from acpo_utils.randomness import step_generator
 
 
@@ -47,3 +48,25 @@ def test_drift_against_the_formula(pipeline):
             expected += (tuned - unet(z, torch.tensor([t]), c).sample.double()).square().mean().item() / 10
             unet.enable_adapters()
     assert prediction_drift(pipeline, image, ["a wall"], seed=5).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_vae_with_a_shift_gives_the_u_net_the_same_latents(pipeline, tmp_path):
+    """Latents that the VAE shifts by a number, and its configuration shifts back: drift and error do not change."""
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    images, prompts = torch.rand(2, 3, 32, 32), ["a red wall", "a blue wall"]
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for image, file in zip(images, files):
+        save_image(image, file)
+
+    def measured():
+        return prediction_drift(pipeline, images, prompts), pipeline_denoising_error(pipeline, files, prompts)
+
+    plain = measured()
+    with torch.no_grad():
+        pipeline.vae.quant_conv.bias[:4] += 0.7  # of the posterior's mean
+    assert not torch.allclose(measured()[0], plain[0]) and not torch.allclose(measured()[1], plain[1])
+    pipeline.vae.register_to_config(shift_factor=0.7)
+    for shifted, expected in zip(measured(), plain):
+        torch.testing.assert_close(shifted, expected, rtol=1e-4, atol=1e-6)

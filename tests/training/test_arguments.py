@@ -11,7 +11,6 @@ from acpo_utils.training.arguments import (
     AT_LEAST,
     check_numbers,
     check_objective,
-    is_due,
     read_demo_settings,
 )
 from tests.training.test_run_state import SCRIPTS, actions, defaults
@@ -146,12 +145,6 @@ def test_the_weights_of_several_guides_sum_to_1():
     args = objective(evaluator=None, quality_weight=0)
     check_objective(args)
     assert args.evaluator_weight is None
-
-
-def test_is_due():
-    assert [step for step in range(1, 8) if is_due(step, 3)] == [3, 6]
-    assert [step for step in range(1, 4) if is_due(step, 1)] == [1, 2, 3]
-    assert not any(is_due(step, 0) for step in range(1, 100))
 
 
 def test_the_demos_settings_are_a_file_beside_the_demo(tmp_path):
