@@ -101,12 +101,19 @@ def _load_folder(
 
 
 def _load_single_file(source: str, weight_dtype: torch.dtype, vae_dtype: torch.dtype) -> StableDiffusionPipeline:
+    """A single file has no configurations: a pipeline's folder around it has, as in the hub's repositories of SD-1.x."""
     if not Path(source).is_file():
         raise ValueError("there is no such file.")
+    folder = Path(source).parent
+    configurations = {}
+    if Path(folder, "model_index.json").is_file():
+        _check_configs(str(folder), None)
+        configurations = {"config": str(folder)}
     try:
-        vae = AutoencoderKL.from_single_file(source, **{DTYPE: vae_dtype})
+        vae = AutoencoderKL.from_single_file(source, subfolder="vae", **configurations, **{DTYPE: vae_dtype})
         return StableDiffusionPipeline.from_single_file(
             source,
+            **configurations,
             vae=vae,
             safety_checker=None,
             feature_extractor=None,
@@ -114,10 +121,13 @@ def _load_single_file(source: str, weight_dtype: torch.dtype, vae_dtype: torch.d
             **{DTYPE: weight_dtype},
         )
     except Exception as error:  # of many kinds: safetensors, keys that do not fit, network
-        raise ValueError(
-            f"{one_line(error)[:200]} A single file holds no configurations: diffusers takes those of the hub's model of its "
-            "kind, from the hub or from the cache of an earlier download."
-        ) from error
+        hint = ""
+        if not configurations:
+            hint = (
+                " A single file holds no configurations: put it into its model's folder, beside model_index.json, or let "
+                "diffusers take those of the hub's model of its kind, which needs the hub or an earlier download."
+            )
+        raise ValueError(f"{one_line(error)[:200]}{hint}") from error
 
 
 def _check_configs(source: str, revision: str | None) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from acpo_utils.late_step import decode_latents, rollout_late_latents
 from acpo_utils.stable_diffusion import build_pipeline, encode_images, latent_scheduler, load_stable_diffusion
 from tests import REPOSITORY
+from tests.ldm_checkpoint import save_single_file
 from tests.tiny_models import tiny_vae
 
 
@@ -51,6 +52,43 @@ def test_a_missing_tensor_is_named_and_not_filled_at_random(folder, part):
     message = str(error.value)
     assert f"{part} do not fit its config.json: 1 missing tensors" in message and "\n" not in message
     assert name.rpartition(".")[0].rpartition(".")[2] in message
+
+
+@pytest.fixture
+def single_file(folder):
+    """One .safetensors in a folder of configurations alone, as the first repositories of Stable Diffusion have it."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    save_single_file(pipeline, folder / "model.safetensors")
+    for file in folder.glob("*/*.safetensors"):
+        file.unlink()
+    return folder / "model.safetensors"
+
+
+def test_a_single_file_is_the_folders_model(single_file, tiny_pipeline):
+    noise_scheduler, _, *models = load(single_file)
+    expected_scheduler, _, *expected = load(tiny_pipeline)
+    assert dict(noise_scheduler.config) == dict(expected_scheduler.config)
+    for model, other in zip(models, expected):
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+        tensors = other.state_dict()
+        assert tensors.keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, tensors[name]), name
+
+
+@pytest.mark.parametrize("part", ["model.diffusion_model.input", "first_stage_model.decoder", "cond_stage_model"])
+def test_of_a_single_file_a_missing_tensor_is_no_random_one(single_file, part):
+    tensors = load_file(single_file)
+    del tensors[next(name for name in tensors if name.startswith(part) and tensors[name].ndim > 1)]
+    save_file(tensors, single_file)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load(single_file)
+
+
+def test_a_single_file_without_configurations_says_where_they_come_from(single_file, tmp_path):
+    file = single_file.rename(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="put it into its model's folder, beside model_index.json"):
+        load(file)
 
 
 def test_pickled_weights_are_not_read(folder):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from torchvision.transforms.functional import center_crop
 
 from acpo_utils.evaluators.open_clip_models import (
     build_clip,
@@ -27,6 +28,7 @@ LEVEL_PROMPTS = tuple(
     f"a photo that {level} matches '{{}}'" for level in ("badly", "poorly", "fairly", "well", "perfectly")
 )
 CACHE_LIMIT = 50_000  # prompts; 512 floats each would be 100 MB
+LONGEST_STRIP = 16  # long side by short side; 8000 x 4 pixels, enlarged whole for the crops, take gigabytes
 
 
 class IPCE(ModelMixin, ConfigMixin):
@@ -123,13 +125,15 @@ class IPCE(ModelMixin, ConfigMixin):
         """What the CLIP looks at: the whole image (B, 3, h, w) and local crops (B, N, 3, h, w), both in [0, 1].
 
         N is 0 for head `alignment_structure`. Crops are evenly spaced, or, given a `generator`, at random positions
-        (the same ones for every image of the batch).
+        (the same ones for every image of the batch); of a strip, in its middle, 16 times as long as wide.
         """
         height, width = self.image_size
         whole = self._resize(images, self.image_size)
         num_crops = self.config.num_crops if num_crops is None else num_crops
         if self.config.head == "alignment_structure" or num_crops == 0:
             return whole, whole.new_zeros(len(images), 0, 3, height, width)
+        longest = LONGEST_STRIP * min(images.shape[-2:])
+        images = center_crop(images, [min(side, longest) for side in images.shape[-2:]])
         enlargement = max(1.0, self.config.crop_resolution / min(images.shape[-2:]))
         images = self._resize(images, tuple(round(side * enlargement) for side in images.shape[-2:]))
         stride = self.config.crop_stride

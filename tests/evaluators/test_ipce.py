@@ -169,6 +169,26 @@ def test_small_images_are_enlarged_for_crops_and_random_crops_follow_the_generat
     assert first.shape == (2, 7, 3, 16, 16) and torch.equal(first, second) and not torch.equal(first, third)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 8000), (8000, 1)])
+def test_of_a_strip_the_middle_is_enlarged_for_crops(levels, size, monkeypatch):
+    """Enlarged whole, it would take gigabytes."""
+    enlarged = []
+    resize = F.interpolate
+
+    def watched(images, target, **options):
+        enlarged.append(target)
+        return resize(images, target, **options)
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    images = random_images(1, 3, *size)
+    whole, crops = levels.views(images)
+    assert whole.shape == (1, 3, 16, 16) and crops.shape == (1, 4, 3, 16, 16)
+    assert max(map(max, enlarged)) == 16 * 37
+    middle = images[..., 3992:4008] if size[0] == 1 else images[..., 3992:4008, :]
+    torch.testing.assert_close(crops, levels.views(middle)[1])
+
+
 @pytest.mark.parametrize("head", ["alignment", "levels"])
 @pytest.mark.parametrize("size", [(16, 16), (21, 40), (64, 10)])
 def test_gradient_against_finite_differences(head, size, request):
