@@ -1,9 +1,11 @@
 """How every training run begins, is resumed and survives a step that went wrong: the same in all scripts."""
 
+import ctypes
 import itertools
 import json
 import logging
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from acpo_utils.training.run_state import RunState
 
 logger = logging.getLogger(__name__)
 LOCKS: dict[str, FileLock] = {}  # of this process
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # What a run leaves in its folder, beside checkpoints and logs, which other rules are for.
 RESULTS = (
     "args.json",
@@ -151,6 +154,16 @@ def use_all_cpus() -> None:
     """Lets torch use every core that this process may use: `accelerate launch` gives a single process one thread."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux; elsewhere a process may use all of them
     torch.set_num_threads(len(affinity(0)) if affinity else os.cpu_count())
+    if sys.platform == "linux":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives large blocks back to the kernel, which clears them again a moment later: each step needs the same ones."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def mean_terms(accelerator, terms: dict[str, torch.Tensor]) -> dict[str, float]:
