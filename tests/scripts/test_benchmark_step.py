@@ -7,8 +7,36 @@ import torch
 from tests.launching import EXAMPLES, refused
 
 
+# The parts of "half", narrower and with fewer blocks: U-Net and decoder still cost more than all the rest.
+SMALL = {
+    "resolution": 128,
+    "unet": {
+        "sample_size": 16,
+        "cross_attention_dim": 32,
+        "block_out_channels": (64, 128),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 4,
+    },
+    "vae": {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1},
+    "tiny": {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4},
+    "text": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1},
+    "guide": script.VIT_B_32
+    | {
+        "vision_cfg": {"image_size": 32, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(script.SIZES, "small", SMALL)
+
+
 def test_rows_and_flop_of_each_step():
-    world = script.World("half", "meta", torch.float32, 2)
+    world = script.World("small", "meta", torch.float32, 2)
     counted = {
         label: script.count(world, step)
         for label, step in script.steps(script.load_script()).items()
@@ -26,7 +54,7 @@ SLOW = ("DRaFT+, K = 1", "AlignProp, K = 1", "DDPO")  # a hundred rows and more
 
 def test_the_steps_run_and_train_the_lora():
     torch.manual_seed(0)
-    world = script.World("half", "cpu", torch.float32, 1)
+    world = script.World("small", "cpu", torch.float32, 1)
     every = script.steps(script.load_script())
     for label in ("LoRA, as diffusers ships it", "ACPO, as the last, --decode tiny"):
         every[label](world)

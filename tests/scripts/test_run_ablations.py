@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import importlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import run_ablations as script
 import torch
 from scipy import stats
 
-from acpo_utils.ablations.check import check_flags
+from acpo_utils.ablations.check import _ask
 from acpo_utils.ablations.grid import check_rows, variant_row
 from tests.launching import EXAMPLES, ON_CPU, fresh_process
 
@@ -57,6 +58,18 @@ def quick(tmp_path) -> str:
 
 
 @pytest.fixture
+def asked_here(monkeypatch):
+    """The scripts of examples/ are asked for their flags in this process, where they are imported already."""
+
+    def ask(path, accelerate_flags, flag_lists):
+        module = importlib.import_module(Path(path).stem)
+        return [_ask(lambda: module.parse_args(list(flags))) for flags in flag_lists]
+
+    monkeypatch.setattr(script, "check_flags", ask)
+    return ask
+
+
+@pytest.fixture
 def ablate(capsys, tmp_path):
     """The script's main in this process, output folder `out`; what it printed, or its one line of error."""
 
@@ -93,7 +106,7 @@ def test_named_grids_are_the_papers():
 
 
 @pytest.mark.parametrize("name", ["train_acpo_lora_sd.py", "train_acpo_ddpm.py"])
-def test_the_scripts_take_every_flag_of_their_named_grids(name):
+def test_the_scripts_take_every_flag_of_their_named_grids(asked_here, name):
     model = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", "--evaluator", "z"]
     flags = [
         [*model, *variant_row(row, text).flags]
@@ -102,7 +115,7 @@ def test_the_scripts_take_every_flag_of_their_named_grids(name):
         for row, text in rows.items()
     ]
     assert len(flags) > 10
-    answers = check_flags(EXAMPLES / name, [], [*flags, [*model, "--tmax", "late"]])
+    answers = asked_here(EXAMPLES / name, [], [*flags, [*model, "--tmax", "late"]])
     assert [answer["error"] for answer in answers[:-1]] == [None] * len(flags)
     assert answers[-1]["error"] == "argument --tmax: invalid int value: 'late'"
 
@@ -162,7 +175,7 @@ def test_flags_that_are_not_taken_are_found_before_the_first_run(ablate, quick, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_script_that_would_measure_nothing_is_found_too(ablate, tmp_path):
+def test_a_script_that_would_measure_nothing_is_found_too(ablate, asked_here, tmp_path):
     model = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", "--evaluator", "z"]
     out = ablate("--grid", "tmax=1", "--", *model, fails=True)
     assert "row 'tmax=1' would measure nothing, and have no metrics.json: it needs --eval_prompts" in out

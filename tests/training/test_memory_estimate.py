@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import json
 import logging
 import weakref
@@ -43,6 +44,18 @@ FLAGS = DEFAULTS | {
 
 @pytest.fixture
 def world(tiny_pipeline, tiny_guide):
+    return build_world(tiny_pipeline, tiny_guide)
+
+
+@pytest.fixture(scope="module")
+def lasting(tiny_pipeline, tiny_guide):
+    """A world for tests that leave it as it is, with one `StepCost` for all of them, as advice has one for all flags."""
+    world = build_world(tiny_pipeline, tiny_guide)
+    world.cost = functools.cache(world.cost)
+    return world
+
+
+def build_world(tiny_pipeline, tiny_guide):
     text_encoder = CLIPTextModel.from_pretrained(tiny_pipeline, subfolder="text_encoder").requires_grad_(False)
     vae, unet = tiny_vae().requires_grad_(False).eval(), tiny_unet().requires_grad_(False)
     torch.manual_seed(0)
@@ -125,11 +138,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("changes", CASES, ids=str)
-def test_bytes_kept_for_the_backward_pass(world, changes):
-    args = world.flags(**changes)
-    parts = estimate.memory_parts(world.cost(), world.scorers, args)
+def test_bytes_kept_for_the_backward_pass(lasting, changes):
+    args = lasting.flags(**changes)
+    parts = estimate.memory_parts(lasting.cost(), lasting.scorers, args)
     estimated = sum(size for part, size in parts.items() if part.startswith("kept"))
-    assert estimated == pytest.approx(bytes_kept(lambda: world.step(args), [*world.models, world.guide]), rel=0.03)
+    assert estimated == pytest.approx(
+        bytes_kept(lambda: lasting.step(args), [*lasting.models, lasting.guide]), rel=0.03
+    )
     assert ("kept: U-Net, L_diff" in parts) == (args.diffusion_weight > 0 and args.diffusion_timesteps == "full")
     assert ("kept: decode" in parts) == ("kept: guide" in parts) == (args.quality_weight > 0)
 
@@ -195,23 +210,23 @@ def test_weights_and_optimizer_to_the_byte(world):
 
 
 @pytest.mark.parametrize("changes", [{}, {"late_start": "rollout", "num_inference_steps": 20}], ids=str)
-def test_flop_of_a_step(world, changes):
-    args = world.flags(**changes)
-    cost = world.cost()
+def test_flop_of_a_step(lasting, changes):
+    args = lasting.flags(**changes)
+    cost = lasting.cost()
     own = {packet: FORMULAS[packet].__wrapped__ for packet in (ON_CPU, ON_CPU_BACKWARD)}
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
-        world.step(args).backward()
+        lasting.step(args).backward()
     text = counter.get_flop_counts()["CLIPTextModel"]  # left out of the estimate
     _, flop = cost(args)
     # Of the base's pass the LoRA's products are counted too.
     assert sum(flop.values()) == pytest.approx(counter.get_total_flops() - sum(text.values()), rel=0.02)
 
 
-def test_advice_saves_and_fits(world):
-    args = world.flags()
-    cost = world.cost()
-    now = sum(estimate.memory_parts(cost, world.scorers, args).values())
-    lines = estimate.advice(cost, world.scorers, 0.6 * now, args).splitlines()
+def test_advice_saves_and_fits(lasting):
+    args = lasting.flags()
+    cost = lasting.cost()
+    now = sum(estimate.memory_parts(cost, lasting.scorers, args).values())
+    lines = estimate.advice(cost, lasting.scorers, 0.6 * now, args).splitlines()
     alone = [(float(line.split()[0].replace(",", "")) * 2**20, line) for line in lines[1:-2]]
     sizes = [size for size, _ in alone]
     assert sizes == sorted(sizes) and max(sizes) < now
@@ -221,14 +236,14 @@ def test_advice_saves_and_fits(world):
     assert not any("--decode tiny" in line for _, line in alone), "TAESD is larger than the tests' VAE"
     assert lines[-2] == "Together these fit:" and float(lines[-1].split()[0]) * 2**20 <= 0.6 * now
     assert "--decode" not in lines[-1] and "late" not in lines[-1], "what leaves the objective as it is comes first"
-    assert "would still not fit" in estimate.advice(cost, world.scorers, 1000, args)
+    assert "would still not fit" in estimate.advice(cost, lasting.scorers, 1000, args)
 
 
-def test_a_suggestion_costs_what_it_says(world):
+def test_a_suggestion_costs_what_it_says(lasting, world):
     """With one cache for all flags, as `advice` has it, the numbers are those of a fresh estimate."""
-    shared = world.cost()
     for changes in ({}, {"gradient_checkpointing": True}, {"decode": "crop"}, {"mixed_precision": "bf16"}):
-        parts = [estimate.memory_parts(cost, world.scorers, world.flags(**changes)) for cost in (shared, world.cost())]
+        costs = (lasting.cost(), world.cost())
+        parts = [estimate.memory_parts(cost, world.scorers, world.flags(**changes)) for cost in costs]
         assert parts[0] == parts[1]
 
 
