@@ -25,25 +25,37 @@ def read_real_images(
     caption_column: str | None = None,
     max_real_images: int | None = None,
     seed: int = 0,
+    optional_captions: bool = False,
 ) -> RealImages:
     """The images of a folder or parquet file, every one of them checked, or a choice of them by `seed`.
 
     Args:
         image_column: by default "image", or "img" where there is only that. caption_column: None for images alone; of
-            several captions of an image the first one counts.
+            several captions of an image the first one counts. optional_captions: without that column, or with empty
+            cells in it, there are no captions.
     Raises:
         ValueError: as `load_captioned_images` and `check_images` do.
     """
+
+    def load(caption_column: str | None) -> Dataset:
+        try:
+            return load_captioned_images(
+                train_data_dir=real_data_dir,
+                image_column=image_column,
+                caption_column=caption_column,
+                max_train_samples=max_real_images,
+                seed=seed,
+            )
+        except ValueError as error:
+            raise ValueError(str(error).replace("--train_data_dir", "--real_data_dir")) from error
+
     try:
-        dataset = load_captioned_images(
-            train_data_dir=real_data_dir,
-            image_column=image_column,
-            caption_column=caption_column,
-            max_train_samples=max_real_images,
-            seed=seed,
-        )
-    except ValueError as error:
-        raise ValueError(str(error).replace("--train_data_dir", "--real_data_dir")) from error
+        dataset = load(caption_column)
+    except ValueError:
+        if not optional_captions:
+            raise
+        caption_column = None
+        dataset = load(None)
     image_column = image_column or ("image" if "image" in dataset.column_names else "img")
     dataset = check_images(dataset, image_column)
     captions = None
