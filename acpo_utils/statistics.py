@@ -115,13 +115,17 @@ def bootstrap_weights(n: int, draws: int = 200, seed: int = 0) -> np.ndarray:
     """How often each of `n` values counts in `draws` draws of n with replacement (Efron 1979): (1 + draws, n) shares.
 
     Each row sums to 1. Row 0 is the sample itself, 1 / n each, so that a statistic which is a weighted mean has its value
-    and its draws in one product. Two models measured with the same weights have their values drawn in pairs.
+    and its draws in one product. Two models measured with the same weights have their values drawn in pairs. A draw of one
+    value alone, which only a few values have, is drawn again: there are no pairs in it.
 
     Raises ValueError for n < 2.
     """
     if n < 2:
         raise ValueError(f"expected at least 2 values to draw from, found {n}")
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+    while len(alone := np.flatnonzero(counts.max(1) == n)):
+        counts[alone] = rng.multinomial(n, np.full(n, 1 / n), size=len(alone))
     return np.concatenate([np.ones((1, n)), counts]) / n
 
 

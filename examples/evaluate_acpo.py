@@ -449,7 +449,7 @@ def choose_metrics(args, guides):
     return metrics
 
 
-def draw_grids(results, files, guides, metrics, args):
+def draw_grids(results, files, real_of, guides, metrics, args):
     """Pictures of the largest gains, the largest losses and a random draw; their paths, relative to the output."""
     captions = [prompt["text"] or f"image {prompt['row']}" for prompt in results["prompts"]]
     grids = []
@@ -459,7 +459,7 @@ def draw_grids(results, files, guides, metrics, args):
         grids += gains_and_losses(
             Path(args.output_dir, "grids"),
             model,
-            pairs=list(zip(files["base"], files[model])),
+            pairs=list(zip(files["base"], files[model], real_of) if real_of else zip(files["base"], files[model])),
             captions=captions,
             metric=metric,
             scores=scores and (scores["base"], scores[model]),
@@ -568,7 +568,9 @@ def main(args):
     }
     for model, paths in files.items():
         results["images"][model] = [path.relative_to(output_dir).as_posix() for path in paths]
-    results["grids"] = draw_grids(results, files, guides, metrics, args)
+    real_of = [real_files[pairs[row]] if row in pairs else None for row in range(len(prompts))] if pairs else []
+    results["real_images"] = [path and path.relative_to(output_dir).as_posix() for path in real_of]
+    results["grids"] = draw_grids(results, files, real_of, guides, metrics, args)
     with atomic_write(output_dir / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1, allow_nan=False))
     write_evaluation_tables(output_dir, results)

@@ -21,6 +21,10 @@ FAMILIES = {
 # The networks of the metrics that are named without them.
 LOOKS_THROUGH = {"judge": "efficientnet", "kid": "inception", "fid": "inception", "is": "inception"}
 LOOKS_THROUGH |= {"lpips-diversity": "alex", "kid:lite2": "efficientnet"}
+FAMILY_MARK = "(guide's family)"
+FAMILY_NOTE = (
+    "guide's family: it looks through a network of the guide's kind ({}), and may be deceived as the guide is."
+)
 
 
 def family(metric) -> str | None:
@@ -50,6 +54,12 @@ def shared_family(metric, guides: Iterable) -> str | None:
     """The family of `metric` if one of `guides` is of it too; each as `family` takes it."""
     found = family(metric)
     return found if found and found in {family(guide) for guide in guides} else None
+
+
+def family_note(families: Iterable[str | None]) -> list[str]:
+    """What stands below a table with such metrics; `families` as `shared_family` found them."""
+    found = sorted({name for name in families if name})
+    return [FAMILY_NOTE.format(", ".join(found))] if found else []
 
 
 def _of_config(config: Mapping) -> str | None:

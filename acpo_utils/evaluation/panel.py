@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from acpo_utils.evaluation import real_pairs
+from acpo_utils.evaluation.families import shared_family
 from acpo_utils.evaluation.image_batches import Images
 from acpo_utils.evaluation.networks import NETWORKS, load_network, look, standardised
 from acpo_utils.evaluation.set_metrics import kid_draws, mean_kernel
 from acpo_utils.evaluation.sliced_wasserstein import SlicedWasserstein
-from acpo_utils.evaluation.table import paired_row, set_row
+from acpo_utils.evaluation.table import paired_row, panel_table, set_row
 from acpo_utils.files import one_line
 from acpo_utils.statistics import bootstrap_change, bootstrap_weights
 
@@ -31,6 +32,13 @@ MEMBERS = (*KID, "swd", *PAIRED, *STATISTICS)
 PANEL = tuple(name for name in MEMBERS if name != "kid")  # what the name "panel" stands for
 BESIDE_REAL = (*KID, "swd", *PAIRED)  # what cannot be measured without real images
 DRAWS = 200  # of the bootstrap
+
+
+# What is said where there is no panel.
+NO_REAL = (
+    "Without real images of the prompts there is no panel (KID, SWD, distances to the real images): prompts from a parquet "
+    "file with a column `image` bring them."
+)
 
 
 class PanelRows(NamedTuple):
@@ -176,3 +184,20 @@ def _statistic_rows(measure, images, real, weights) -> dict[str, dict]:
         for model, own in values.items()
         if model != "base"
     }
+
+
+def panel_report(panel: PanelRows, guides: Sequence) -> tuple[dict[str, dict], list[str]]:
+    """Of one model, "finetuned": {label: row} for a json file; and the table as markdown, then a line for each reason why
+    something is unavailable.
+
+    guides: the evaluators that trained the model, as `shared_family` takes them.
+    """
+    rows = {}
+    for label, of_models in panel.rows.items():
+        own = {"metric": label, "guide": False, "family": shared_family(label, guides)}
+        rows[label] = own | of_models["finetuned"]
+    lines = [panel_table(rows.values())] if rows else []
+    reasons: dict[str, list[str]] = {}
+    for name, reason in panel.unavailable.items():
+        reasons.setdefault(reason, []).append(name)
+    return rows, lines + [f"{', '.join(names)}: unavailable. {reason}" for reason, names in reasons.items()]

@@ -1,9 +1,10 @@
 """The table of an evaluation, as the paper's tables 2 and 3: a row for each model, prompt set and metric."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from acpo_utils.evaluation.families import FAMILY_MARK, family_note
 from acpo_utils.files import aligned_table, atomic_write, write_csv
 from acpo_utils.statistics import holm, paired_comparison, win_rate_interval
 
@@ -24,9 +25,6 @@ NUMBERS = (
     "change_low",
     "change_high",
     "real_mean",
-)
-FAMILY_NOTE = (
-    "guide's family: it looks through a network of the guide's kind ({}), and may be deceived as the guide is."
 )
 
 
@@ -65,7 +63,7 @@ def metric_name(row: dict) -> str:
         name += " ↓"
     if row["guide"]:
         return f"{name} (guide)"
-    return f"{name} (guide's family)" if row.get("family") else name
+    return f"{name} {FAMILY_MARK}" if row.get("family") else name
 
 
 def table_cells(rows: list[dict]) -> list[list[str]]:
@@ -138,8 +136,7 @@ def evaluation_notes(results: dict) -> str:
     lines = []
     if any(row["guide"] for row in results["rows"]):
         lines.append("guide: the model was trained to raise this score; it is no independent evidence.")
-    if families := sorted({row["family"] for row in results["rows"] if row.get("family")}):
-        lines.append(FAMILY_NOTE.format(", ".join(families)))
+    lines += family_note(row.get("family") for row in results["rows"])
     lines += [f"{metric}: unavailable. {reason}" for metric, reason in results["unavailable"].items()]
     return "".join(f"\n{line}\n" for line in lines)
 
@@ -168,11 +165,11 @@ def comparison_table(comparisons: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def panel_table(rows: dict[str, dict]) -> str:
-    """A markdown table of the panel's rows, {label as shown: numbers}, of one model against its base."""
+def panel_table(rows: Iterable[dict]) -> str:
+    """A markdown table of the panel's rows, of one model against its base."""
     lines = ["| beside real images | base | fine-tuned | real | change [95 %] | n |", "|---|---|---|---|---|---|"]
-    for label, row in rows.items():
+    for row in rows:
         real = "–" if row["real_mean"] is None else f"{row['real_mean']:.4f}"
         numbers = f"{row['base_mean']:.4f} | {row['finetuned_mean']:.4f} | {real} | {change_cell(row)} | {row['n']}"
-        lines.append(f"| {label} | {numbers} |")
+        lines.append(f"| {metric_name(row)} | {numbers} |")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from PIL import Image
 from acpo_utils.ddpm import build_pipeline
 from acpo_utils.evaluation.comparison import compare_models
 from acpo_utils.evaluation.denoising_error import prediction_drift, unet_denoising_error
+from acpo_utils.evaluation.panel import NO_REAL
 from acpo_utils.evaluation.sampling import sample_images, sample_unconditional
 from acpo_utils.evaluation.unconditional import MSE, compare_unconditional_models
 from acpo_utils.evaluators import load_evaluator
@@ -62,7 +63,7 @@ def test_base_and_lora_are_compared_on_the_same_noise(pipeline, tmp_path, capsys
     assert metrics["sets"] == {"drift": [drift.mean().item(), drift.std().item()]} and drift.mean() > 0
 
     out = capsys.readouterr().out
-    assert out == f"\n{table}\n\nThe picture, the numbers and the LoRA are in {tmp_path.resolve()}\n"
+    assert out == f"\n{table}\n\nThe picture, the numbers and the LoRA are in {tmp_path.resolve()}\n{NO_REAL}\n"
     assert f"| guide | {guide['base_mean']:.4f} | {guide['finetuned_mean']:.4f} |" in table
     assert table.endswith(f"\n\nDrift (eq. 7 on noised samples of the base model, all timesteps): {drift.mean():.3g}")
     assert pictures == ["comparison.png"]
