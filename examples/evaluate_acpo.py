@@ -459,7 +459,7 @@ def draw_grids(results, files, real_of, guides, metrics, args):
         grids += gains_and_losses(
             Path(args.output_dir, "grids"),
             model,
-            pairs=list(zip(files["base"], files[model], real_of) if real_of else zip(files["base"], files[model])),
+            pairs=list(zip(files["base"], files[model], real_of)),
             captions=captions,
             metric=metric,
             scores=scores and (scores["base"], scores[model]),
@@ -568,8 +568,11 @@ def main(args):
     }
     for model, paths in files.items():
         results["images"][model] = [path.relative_to(output_dir).as_posix() for path in paths]
-    real_of = [real_files[pairs[row]] if row in pairs else None for row in range(len(prompts))] if pairs else []
-    results["real_images"] = [path and path.relative_to(output_dir).as_posix() for path in real_of]
+    real_of = [None] * len(prompts)  # each prompt's real image
+    results["real_images"] = [None] * len(prompts)
+    for row, number in pairs.items():
+        real_of[row] = real_files[number]
+        results["real_images"][row] = real_files[number].relative_to(output_dir).as_posix()
     results["grids"] = draw_grids(results, files, real_of, guides, metrics, args)
     with atomic_write(output_dir / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1, allow_nan=False))

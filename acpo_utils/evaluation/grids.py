@@ -72,7 +72,7 @@ def pair_grid(
 ) -> None:
     """Writes a PNG of `pairs` (base's file, fine-tuned's file, perhaps the real image's), base on top, captions under them.
 
-    All have three pictures, or all have two; a real image that is None leaves a gap.
+    A real image that is None leaves a gap, and where all of them are, there is no row for them.
 
     Raises ValueError if there is no pair.
     """
@@ -82,14 +82,14 @@ def pair_grid(
         raise ValueError("expected at least one pair of images, found none")
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
-    shown = len(pairs[0])
+    shown = 3 if any(len(pair) > 2 and pair[2] is not None for pair in pairs) else 2
     figure = Figure(figsize=(max(1.9 * columns, 4), (0.5 + 1.85 * shown) * rows + 0.4), layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots(shown * rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, (pair, caption) in enumerate(zip(pairs, captions)):
-        for k, file in enumerate(pair):
+        for k, file in enumerate(pair[:shown]):
             axis = axes[shown * (i // columns) + k, i % columns]
             if file is not None:
                 with Image.open(file) as image:

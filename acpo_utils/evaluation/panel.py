@@ -30,6 +30,7 @@ STATISTICS = {"edge-energy": real_pairs.edge_energy, "saturation": real_pairs.sa
 PAIRED = (*ST_LPIPS, *DISTORTION)
 MEMBERS = (*KID, "swd", *PAIRED, *STATISTICS)
 PANEL = tuple(name for name in MEMBERS if name != "kid")  # what the name "panel" stands for
+WITHOUT_PAIRS = tuple(name for name in PANEL if name not in PAIRED)  # of images that no prompt describes
 BESIDE_REAL = (*KID, "swd", *PAIRED)  # what cannot be measured without real images
 DRAWS = 200  # of the bootstrap
 
