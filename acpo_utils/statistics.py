@@ -109,3 +109,42 @@ def correlation(prediction: Sequence[float], target: Sequence[float]) -> dict[st
         tests = {"srcc": stats.spearmanr, "plcc": stats.pearsonr, "krcc": stats.kendalltau}
         result = {name: float(test(prediction, target).statistic) for name, test in tests.items()}
     return result | {"rmse": float(np.sqrt(np.mean((prediction - target) ** 2)))}
+
+
+def bootstrap_weights(n: int, draws: int = 200, seed: int = 0) -> np.ndarray:
+    """How often each of `n` values counts in `draws` draws of n with replacement (Efron 1979): (1 + draws, n) shares.
+
+    Each row sums to 1. Row 0 is the sample itself, 1 / n each, so that a statistic which is a weighted mean has its value
+    and its draws in one product. Two models measured with the same weights have their values drawn in pairs. A draw of one
+    value alone, which only a few values have, is drawn again: there are no pairs in it.
+
+    Raises ValueError for n < 2.
+    """
+    if n < 2:
+        raise ValueError(f"expected at least 2 values to draw from, found {n}")
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+    while len(alone := np.flatnonzero(counts.max(1) == n)):
+        counts[alone] = rng.multinomial(n, np.full(n, 1 / n), size=len(alone))
+    return np.concatenate([np.ones((1, n)), counts]) / n
+
+
+def bootstrap_change(base: Sequence[float], finetuned: Sequence[float]) -> dict[str, float]:
+    """How far a value of a whole set changed, in shares of the base's, with a 95 % interval from paired bootstrap draws.
+
+    Args:
+        base, finetuned: (1 + draws,) the value, then its draws, of the same `bootstrap_weights`.
+    Returns:
+        `change`, (finetuned - base) / base; `change_low` and `change_high`, the percentiles 2.5 and 97.5 of the draws'
+        differences over the base's value, moved so that their mean is `change`: a distance between two sets grows when
+        images repeat, in both models alike. All are nan where the base's value is not above 0, as an unbiased estimate of
+        a distance of 0 may be.
+    Raises:
+        ValueError: for different lengths, fewer than two values, or a value that is not finite.
+    """
+    base, finetuned = _pair(base, finetuned, ("base", "finetuned"), least=2)
+    if base[0] <= 0:
+        return dict.fromkeys(("change", "change_low", "change_high"), float("nan"))
+    change = (finetuned - base) / base[0]
+    low, high = change[0] - change[1:].mean() + np.percentile(change[1:], [2.5, 97.5])
+    return {"change": float(change[0]), "change_low": float(low), "change_high": float(high)}

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from acpo_utils.data.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
 from acpo_utils.evaluation.denoising_error import pipeline_denoising_error
+from acpo_utils.evaluation.families import shared_family
 from acpo_utils.evaluation.grids import gains_and_losses
 from acpo_utils.evaluation.html_report import write_report
 from acpo_utils.evaluation.manifest import ImageManifest, model_fingerprint
@@ -41,13 +42,16 @@ from acpo_utils.evaluation.metrics import (
     NEED_REAL_IMAGES,
     SET_METRICS,
     check_metric,
+    expand_panel,
     is_guide,
     metric_labels,
     read_guides,
     score_files,
     set_values,
 )
+from acpo_utils.evaluation.panel import MEMBERS, PAIRED, measure_panel_of_sets
 from acpo_utils.evaluation.real_images import read_real_images, write_real_images
+from acpo_utils.evaluation.real_pairs import pairs_by_caption
 from acpo_utils.evaluation.sampling import image_tensor
 from acpo_utils.evaluation.table import (
     evaluation_notes,
@@ -166,10 +170,25 @@ def file_slug(prompt_set):
     return re.sub(r"[^a-z0-9]+", "-", prompt_set.lower()).strip("-")
 
 
-def measure(metrics, files, errors, prompts, real, guides, device, args):
+def measure(metrics, files, errors, prompts, real, pairs, guides, device, args):
     """Rows of the table, {metric: {model: scores}} of every image, and {metric: reason} of what cannot be had."""
     rows, scores, unavailable = [], {}, {}
+
+    def add_rows(metric, label, comparisons):
+        for (model, prompt_set), numbers in comparisons.items():
+            row = {
+                "model": model,
+                "prompts": prompt_set,
+                "metric": label,
+                "guide": is_guide(metric, guides[model]),
+                "family": shared_family(metric, guides[model]),
+                "lower_is_better": kind_of(metric) in LOWER_IS_BETTER,
+            }
+            rows.append(row | numbers)
+
     for metric, label in metric_labels(metrics).items():
+        if metric in MEMBERS:
+            continue
         logger.info(f"Measuring {label}")
         try:
             comparisons, of_images = measure_metric(metric, files, errors, prompts, real, device, args)
@@ -180,25 +199,31 @@ def measure(metrics, files, errors, prompts, real, guides, device, args):
             continue
         if of_images:
             scores[label] = of_images
-        for (model, prompt_set), numbers in comparisons.items():
-            row = {
-                "model": model,
-                "prompts": prompt_set,
-                "metric": label,
-                "guide": is_guide(metric, guides[model]),
-                "lower_is_better": kind_of(metric) in LOWER_IS_BETTER,
-            }
-            rows.append(row | numbers)
+        add_rows(metric, label, comparisons)
+
+    members = [metric for metric in metrics if metric in MEMBERS]
+    if members:
+        logger.info(f"Measuring the panel: {', '.join(members)}")
+        panel = measure_panel_of_sets(members, files, rows_of_sets(prompts), real, pairs, device, args.seed)
+        for label, comparisons in panel.rows.items():
+            add_rows(label, label, comparisons)
+        for label, reason in panel.unavailable.items():
+            unavailable[label] = reason
+            logger.warning(f"{label} is unavailable: {reason}")
     return finish_rows(rows), scores, unavailable
+
+
+def rows_of_sets(prompts):
+    """{prompt set: which of the prompts}"""
+    rows = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt.set, []).append(row)
+    return rows
 
 
 def measure_metric(metric, files, errors, prompts, real, device, args):
     """{(model, prompt set): numbers of its row}, and {model: scores} of every image where the metric is of one image."""
     tuned = [model for model in files if model != "base"]
-    of_set = {}  # {prompt set: which of the prompts}
-    for i, prompt in enumerate(prompts):
-        of_set.setdefault(prompt.set, []).append(i)
-
     rows = {}
     if metric == "mse":
         where = Path(args.real_data_dir).stem
@@ -206,7 +231,7 @@ def measure_metric(metric, files, errors, prompts, real, device, args):
             rows[model, where] = paired_row(errors["base"], errors[model], lower_is_better=True)
         return rows, {}
     if kind_of(metric) in SET_METRICS:
-        for prompt_set, members in of_set.items():
+        for prompt_set, members in rows_of_sets(prompts).items():
             subsets = {model: [images[i] for i in members] for model, images in files.items()}
             values = set_values(metric, subsets, real, device)
             for model in tuned:
@@ -214,7 +239,7 @@ def measure_metric(metric, files, errors, prompts, real, device, args):
         return rows, {}
     texts = None if args.unconditional else [prompt.text for prompt in prompts]
     scores = score_files(metric, files, texts, device)
-    for prompt_set, members in of_set.items():
+    for prompt_set, members in rows_of_sets(prompts).items():
         base = [scores["base"][i] for i in members]
         for model in tuned:
             rows[model, prompt_set] = paired_row(base, [scores[model][i] for i in members])
@@ -258,9 +283,9 @@ def parse_args(input_args=None):
     add("--mixed_precision", choices=["no", "fp16", "bf16"])
     # Metrics
     add("--metrics", nargs="+", help="see docs/evaluation.md; default: the guides, and others")
-    add("--real_data_dir", help="real images for fid, kid, judge-kid and mse: image folder or parquet")
+    add("--real_data_dir", help="real images for the panel, fid and mse: image folder or parquet")
     add("--image_column", help="default: image, or img if there is only that")
-    add("--caption_column", default="text", help="of --real_data_dir, for mse")
+    add("--caption_column", default="text", help="of --real_data_dir, for mse and real images of the prompts")
     add("--max_real_images", type=int)
     # Output
     add("--rank_by", help="the metric whose largest gains and losses are shown; default: the first that is no guide")
@@ -406,26 +431,25 @@ def choose_metrics(args, guides):
     if args.metrics is None:
         metrics = [guide for of_model in guides.values() for guide in of_model]
         if args.demo:
-            metrics += ["judge", "judge-kid", "mse"]
+            metrics += ["judge", "panel", "mse"]
         else:
             metrics += ["hyperiqa", "maniqa"] if args.unconditional else ["clipscore", "pickscore"]
-            metrics += ["fid", "mse"] if args.real_data_dir else []
+            metrics += ["panel", "kid", "fid", "mse"] if args.real_data_dir else []
     else:
         metrics = args.metrics
     # The embedded judge by name alone.
-    metrics = [f"{metric}:{DEMO_DIR / 'judge'}" if metric in ("judge", "judge-kid") else metric for metric in metrics]
-    metrics = list(dict.fromkeys(metrics))
+    metrics = [f"judge:{DEMO_DIR / 'judge'}" if metric == "judge" else metric for metric in expand_panel(metrics)]
     for metric in metrics:
         if args.metrics is not None:
             check_metric(metric)
-        if kind_of(metric) in NEED_REAL_IMAGES and not args.real_data_dir:
+        if metric in NEED_REAL_IMAGES and not args.real_data_dir:
             raise ValueError(f"--metrics {metric} compares with real images: give --real_data_dir")
         if kind_of(metric) in NEED_PROMPTS and args.unconditional:
             raise ValueError(f"--metrics {metric} needs prompts, and the model is unconditional")
     return metrics
 
 
-def draw_grids(results, files, guides, metrics, args):
+def draw_grids(results, files, real_of, guides, metrics, args):
     """Pictures of the largest gains, the largest losses and a random draw; their paths, relative to the output."""
     captions = [prompt["text"] or f"image {prompt['row']}" for prompt in results["prompts"]]
     grids = []
@@ -435,7 +459,7 @@ def draw_grids(results, files, guides, metrics, args):
         grids += gains_and_losses(
             Path(args.output_dir, "grids"),
             model,
-            pairs=list(zip(files["base"], files[model])),
+            pairs=list(zip(files["base"], files[model], real_of)),
             captions=captions,
             metric=metric,
             scores=scores and (scores["base"], scores[model]),
@@ -469,18 +493,25 @@ def main(args):
     prompts = read_all_prompts(args)
     guides = {model: read_guides(path) for model, path in models.items() if model != "base"}
     metrics = choose_metrics(args, guides)
-    labels = metric_labels(metrics).values()
+    labels = [label for metric, label in metric_labels(metrics).items() if metric not in MEMBERS]
     if args.rank_by and args.rank_by not in labels:
         raise ValueError(f"--rank_by: expected one of {', '.join(labels)}, got {args.rank_by}")
     real = None
-    if any(kind_of(metric) in NEED_REAL_IMAGES for metric in metrics):
+    if args.real_data_dir and any(metric in (*NEED_REAL_IMAGES, *MEMBERS) for metric in metrics):
+        in_pairs = not args.unconditional and any(metric in PAIRED for metric in metrics)
+        captioned = not args.unconditional and "mse" in metrics
         real = read_real_images(
             args.real_data_dir,
             image_column=args.image_column,
-            caption_column=args.caption_column if "mse" in metrics and not args.unconditional else None,
+            caption_column=args.caption_column if captioned or in_pairs else None,
             max_real_images=args.max_real_images,
             seed=args.seed,
+            optional_captions=not captioned,
         )
+    pairs = {}  # {row of the prompt: row of its real image}
+    if real and real.captions and not args.unconditional:
+        pairs = dict(pairs_by_caption([prompt.text for prompt in prompts], real.captions))
+        logger.info(f"{len(pairs)} of {len(prompts)} prompts have a real image")
     output_dir = Path(args.output_dir)
     try:
         with atomic_write(output_dir / "args.json") as temporary:
@@ -519,6 +550,7 @@ def main(args):
         errors,
         prompts,
         real_files,
+        pairs,
         guides,
         accelerator.device,
         args,
@@ -536,7 +568,12 @@ def main(args):
     }
     for model, paths in files.items():
         results["images"][model] = [path.relative_to(output_dir).as_posix() for path in paths]
-    results["grids"] = draw_grids(results, files, guides, metrics, args)
+    real_of = [None] * len(prompts)  # each prompt's real image
+    results["real_images"] = [None] * len(prompts)
+    for row, number in pairs.items():
+        real_of[row] = real_files[number]
+        results["real_images"][row] = real_files[number].relative_to(output_dir).as_posix()
+    results["grids"] = draw_grids(results, files, real_of, guides, metrics, args)
     with atomic_write(output_dir / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1, allow_nan=False))
     write_evaluation_tables(output_dir, results)

@@ -1,6 +1,5 @@
 """Fine-tune a LoRA of Stable Diffusion by ACPO: late-step samples are decoded and scored by a frozen evaluator, the
-score's gradient trains the LoRA, and an anchor holds its predictions to the frozen base model's (section 3.3,
-eqs. 5-9).
+score's gradient trains the LoRA, and an anchor holds its predictions to the frozen base's (section 3.3, eqs. 5-9).
 
     accelerate launch examples/train_acpo_lora_sd.py --tmax 100
 
@@ -577,6 +576,7 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         guidance_scale=args.guidance_scale,
         device=device,
         events=events,
+        prompt_file=args.eval_prompts,
     )
     save_model_card(
         args.output_dir,

@@ -70,7 +70,8 @@ def _metrics(content: dict) -> dict[str, dict[str, float]]:
         numbers = {name: value for name, value in (content | nested).items() if type(value) in (int, float)}
         return {name: {"finetuned": value} for name, value in numbers.items()}
     found = {name: {"finetuned": row["mean"]} for name, row in content.get("summary", {}).items()}
-    found |= {n: pair(row["base_mean"], row["finetuned_mean"]) for n, row in content.get("comparisons", {}).items()}
+    for part in ("comparisons", "panel"):
+        found |= {n: pair(row["base_mean"], row["finetuned_mean"]) for n, row in content.get(part, {}).items()}
     for name, value in content.get("sets", {}).items():  # (mean, spread), one of each model
         found[name] = (
             pair(value["base"][0], value["finetuned"][0]) if isinstance(value, dict) else {"finetuned": value[0]}

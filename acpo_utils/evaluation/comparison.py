@@ -8,7 +8,10 @@ import torch
 
 from acpo_utils.anchor import without_adapter
 from acpo_utils.evaluation.denoising_error import prediction_drift
+from acpo_utils.evaluation.families import FAMILY_MARK, family_note, shared_family
 from acpo_utils.evaluation.grids import comparison_picture
+from acpo_utils.evaluation.panel import NO_REAL, PANEL, measure_panel, panel_report
+from acpo_utils.evaluation.real_images import read_prompt_images
 from acpo_utils.evaluation.sampling import sample_images, score_images
 from acpo_utils.evaluation.table import comparison_table, finite_numbers
 from acpo_utils.files import atomic_write
@@ -27,6 +30,7 @@ def compare_models(
     guidance_scale: float,
     device: str | torch.device,
     events: dict,
+    prompt_file: str | Path | None = None,
 ) -> tuple[str, list[str]]:
     """Samples with the LoRA off and on from the same noise, and compares: comparison.png, metrics.json, a printed table.
 
@@ -36,6 +40,8 @@ def compare_models(
         scorers: evaluators by name, each a row of the table; None is left out. The first one's scores stand under the
             pictures, so it should be the guide.
         device: where the evaluators are. events: what else of the run belongs into metrics.json, by name.
+        prompt_file: from which the prompts were read, row by row. If it has their real images too (`read_prompt_images`), the
+            panel's rows follow (`measure_panel`), and the real image is the third one in the picture.
     Returns:
         The table as markdown, with the drift below it (`prediction_drift`), and the names of the pictures in `output_dir`.
     Raises ValueError as `paired_comparison` does.
@@ -66,13 +72,29 @@ def compare_models(
     drift = prediction_drift(pipeline, base_images, prompts, seed, batch_size)  # (n,)
     drift_std = drift.std().item() if len(drift) > 1 else 0.0
 
+    guides = [scorer for name, scorer in scorers.items() if name.split()[0] == "guide" and scorer is not None]
+    families = {name: shared_family(scorer, guides) for name, scorer in scorers.items() if scorer not in guides}
+    real = read_prompt_images(prompt_file, len(prompts), size=(images.shape[-1], images.shape[-2]))
+    panel, panel_lines = {}, []
+    if real:
+        pairs = [(row, number) for number, row in enumerate(real)]
+        both, real_images = {"base": base_images, "finetuned": images}, torch.stack(list(real.values()))
+        panel, panel_lines = panel_report(measure_panel(PANEL, both, real_images, pairs, device, seed), guides)
+
     output_dir = Path(output_dir)
     metrics = {"comparisons": comparisons, "num_prompts": len(prompts)} | events
     metrics["sets"] = {"drift": [drift.mean().item(), drift_std]}
+    if panel:
+        metrics["panel"] = panel
     with atomic_write(output_dir / "metrics.json") as temporary:
         temporary.write_text(json.dumps(finite_numbers(metrics), indent=2))
-    comparison_picture(output_dir / "comparison.png", base_images, images, prompts, guide_scores)
-    table = comparison_table(comparisons)
-    table += f"\n\nDrift (eq. 7 on noised samples of the base model, all timesteps): {drift.mean():.3g}"
+    comparison_picture(output_dir / "comparison.png", base_images, images, prompts, guide_scores, real=real)
+    shown = {f"{name} {FAMILY_MARK}" if families.get(name) else name: row for name, row in comparisons.items()}
+    lines = [comparison_table(shown), *panel_lines]
+    lines += family_note([*families.values(), *(row["family"] for row in panel.values())])
+    lines.append(f"Drift (eq. 7 on noised samples of the base model, all timesteps): {drift.mean():.3g}")
+    table = "\n\n".join(lines)
     print(f"\n{table}\n\nThe picture, the numbers and the LoRA are in {output_dir.resolve()}")
+    if not real:
+        print(NO_REAL)
     return table, ["comparison.png"]

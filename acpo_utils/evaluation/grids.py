@@ -1,4 +1,4 @@
-"""Pictures of pairs: base beside fine-tuned."""
+"""Pictures of pairs: base beside fine-tuned, and the real image of the prompt where there is one."""
 
 import textwrap
 from collections.abc import Sequence
@@ -19,27 +19,32 @@ def comparison_picture(
     scores: Sequence[torch.Tensor] | None = None,
     columns: int = 8,
     rows: int = 2,
+    real: dict[int, torch.Tensor] | None = None,
 ) -> None:
-    """Writes a PNG of the first `rows` x `columns` pairs, base above fine-tuned, prompt above, guide's score below.
+    """Writes a PNG of the first `rows` x `columns` pairs, base above fine-tuned above real, prompt above, guide's score below.
 
     Args:
         base, finetuned: (N, 3, H, W) in [0, 1], same prompts and noise. scores: (base (N,), fine-tuned (N,)).
+        real: {row of N: the prompt's real image (3, H, W) in [0, 1]}, where there are any.
     """
     from matplotlib.figure import Figure
 
     prompts = prompts[: rows * columns]
     rows = -(-len(prompts) // columns)
-    figure = Figure(figsize=(1.75 * columns, 4.6 * rows), layout="constrained", dpi=110)
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    shown = [("base", base), ("ACPO", finetuned)] + ([("real", real)] if real else [])
+    figure = Figure(figsize=(1.75 * columns, (0.4 + 2.1 * len(shown)) * rows), layout="constrained", dpi=110)
+    axes = figure.subplots(len(shown) * rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, prompt in enumerate(prompts):
-        for k, (label, images) in enumerate((("base", base), ("ACPO", finetuned))):
-            axis = axes[2 * (i // columns) + k, i % columns]
+        for k, (label, images) in enumerate(shown):
+            axis = axes[len(shown) * (i // columns) + k, i % columns]
+            if label == "real" and i not in images:
+                continue
             axis.imshow(images[i].permute(1, 2, 0).numpy(), interpolation="nearest")
             if k == 0:
                 axis.set_title("\n".join(textwrap.wrap(prompt, 24)[:3]), fontsize=7)
-            caption = label if scores is None else f"{label}  {scores[k][i]:.2f}"
+            caption = label if scores is None or label == "real" else f"{label}  {scores[k][i]:.2f}"
             axis.text(0.5, -0.04, caption, transform=axis.transAxes, ha="center", va="top", fontsize=7)
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
@@ -61,11 +66,13 @@ def choose_pairs(changes: Sequence[float], count: int, seed: int = 0) -> dict[st
 def pair_grid(
     path: str | Path,
     title: str,
-    pairs: Sequence[tuple[str | Path, str | Path]],
+    pairs: Sequence[Sequence[str | Path | None]],
     captions: Sequence[str],
     columns: int = 6,
 ) -> None:
-    """Writes a PNG of `pairs` (base's file, fine-tuned's file), base on top, with their captions under them.
+    """Writes a PNG of `pairs` (base's file, fine-tuned's file, perhaps the real image's), base on top, captions under them.
+
+    A real image that is None leaves a gap, and where all of them are, there is no row for them.
 
     Raises ValueError if there is no pair.
     """
@@ -75,18 +82,20 @@ def pair_grid(
         raise ValueError("expected at least one pair of images, found none")
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
-    figure = Figure(figsize=(max(1.9 * columns, 4), 4.2 * rows + 0.4), layout="constrained", dpi=110)
+    shown = 3 if any(len(pair) > 2 and pair[2] is not None for pair in pairs) else 2
+    figure = Figure(figsize=(max(1.9 * columns, 4), (0.5 + 1.85 * shown) * rows + 0.4), layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    axes = figure.subplots(shown * rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, (pair, caption) in enumerate(zip(pairs, captions)):
-        for k, file in enumerate(pair):
-            axis = axes[2 * (i // columns) + k, i % columns]
-            with Image.open(file) as image:
-                axis.imshow(np.asarray(image), interpolation="nearest")
+        for k, file in enumerate(pair[:shown]):
+            axis = axes[shown * (i // columns) + k, i % columns]
+            if file is not None:
+                with Image.open(file) as image:
+                    axis.imshow(np.asarray(image), interpolation="nearest")
             if i % columns == 0:
-                label = ("base", "fine-tuned")[k]
+                label = ("base", "fine-tuned", "real")[k]
                 axis.text(
                     -0.05, 0.5, label, transform=axis.transAxes, ha="right", va="center", rotation=90, fontsize=7
                 )
@@ -101,7 +110,7 @@ def pair_grid(
 def gains_and_losses(
     folder: str | Path,
     model: str,
-    pairs: Sequence[tuple[str | Path, str | Path]],
+    pairs: Sequence[Sequence[str | Path | None]],
     captions: Sequence[str],
     metric: str | None,
     scores: tuple[Sequence[float], Sequence[float]] | None,
@@ -112,7 +121,7 @@ def gains_and_losses(
 
     Args:
         folder: of the pictures, which are named after `model`; those of a run before are removed.
-        pairs: n of (base's file, fine-tuned's file). captions: n strings.
+        pairs: n as `pair_grid` takes them. captions: n strings.
         metric, scores: what a gain is of, and its (base (n,), fine-tuned (n,)), higher is better; None: a draw alone.
     Returns:
         The pictures' files; none of gains where nothing gained.

@@ -47,7 +47,7 @@ def write_report(folder: str | Path, results: dict) -> Path:
             for metric, values in results["scores"].items()
             for model in tuned
         },
-        models=models,
+        columns=len(models) + any(results.get("real_images") or []),
         pairs=_pairs(results),
         settings={name: _setting(value) for name, value in settings.items() if value not in (None, [])},
     )
@@ -116,6 +116,7 @@ def _distributions(scores: dict, tuned: list[str]) -> list[dict]:
 
 def _pairs(results: dict) -> list[dict]:
     pairs = []
+    real = results.get("real_images") or [None] * len(results["prompts"])
     for i, prompt in enumerate(results["prompts"]):
         scores = {}
         for metric, values in results["scores"].items():
@@ -124,6 +125,7 @@ def _pairs(results: dict) -> list[dict]:
         pairs.append(
             {
                 "prompt": prompt["text"] or f"{prompt['set']} {prompt['row']}",
+                "real": real[i],
                 "images": {model: files[i] for model, files in results["images"].items()},
                 "scores": scores,
             }

@@ -8,32 +8,39 @@ from pathlib import Path
 import torch
 
 from acpo_utils.evaluation.diversity import DIVERSITY, lpips_diversity
-from acpo_utils.evaluation.set_metrics import fid, image_features, inception, inception_score, kid, read_images
+from acpo_utils.evaluation.panel import BESIDE_REAL, MEMBERS, PANEL
+from acpo_utils.evaluation.set_metrics import fid, image_features, inception, inception_score, read_images
 from acpo_utils.evaluators.loading import CLIP_METRIC_NAMES, SAVED, load_evaluator
 
 
 PYIQA = ("hyperiqa", "maniqa")  # named alone; others as pyiqa:NAME
 NEED_PROMPTS = ("ipce", "clipscore", "pickscore", "judge")
-NEED_REAL_IMAGES = ("fid", "kid", "judge-kid", "mse")
-ALONE = ("fid", "kid", "is", "lpips-diversity", "mse", *PYIQA)  # names without a path
-SET_METRICS = ("fid", "kid", "is", "judge-kid", "lpips-diversity")  # one value for a set of images
-LOWER_IS_BETTER = ("fid", "kid", "judge-kid", "mse")
-# Rows that say what the metric is made of, since it does not compare with the numbers of publications. The judge's
-# features are of more layers than those of `EFFICIENTNET_KID`.
-ROWS = {"judge-kid": "KID on the judge's EfficientNet-Lite features", "lpips-diversity": DIVERSITY}
+NEED_REAL_IMAGES = ("fid", "mse", *BESIDE_REAL)
+ALONE = ("fid", "is", "lpips-diversity", "mse", *PYIQA)  # names without a path
+SET_METRICS = ("fid", "is", "lpips-diversity")  # one value for a set of images; the panel's are in `MEMBERS`
+LOWER_IS_BETTER = ("fid", "mse")
+# A row that says what the metric is made of, since it does not compare with the numbers of publications.
+ROWS = {"lpips-diversity": DIVERSITY}
 NAMES = (
     "ipce:PATH, two-stream:PATH, clipscore, pickscore, hyperiqa, maniqa, pyiqa:NAME, python:MODULE:NAME, judge, "
-    "judge-kid, fid, kid, is, lpips-diversity, mse"
+    f"fid, is, lpips-diversity, mse, panel, or of the panel {', '.join(MEMBERS)}"
 )
+
+
+def expand_panel(specs: Sequence[str]) -> list[str]:
+    """`specs` with "panel" replaced by its members, each once."""
+    return list(dict.fromkeys(name for spec in specs for name in (PANEL if spec == "panel" else (spec,))))
 
 
 def check_metric(spec: str) -> None:
     """Raises ValueError, in one line, unless `spec` names a metric (`NAMES`), and its folder, if it has one, exists."""
     kind, _, rest = spec.partition(":")
+    if spec in MEMBERS:
+        return
     if kind in ALONE:
         if spec != kind:
             raise ValueError(f"--metrics {spec}: expected {kind} alone.")
-    elif kind in ("judge", "judge-kid") or (kind in CLIP_METRIC_NAMES and rest):
+    elif kind == "judge" or (kind in CLIP_METRIC_NAMES and rest):
         if not Path(rest).is_dir():
             raise ValueError(f"--metrics {spec}: expected {kind}:PATH with its folder, found no folder {rest!r}.")
     elif kind in ("pyiqa", "python", *SAVED):
@@ -50,6 +57,8 @@ def metric_labels(specs: Sequence[str]) -> dict[str, str]:
         kind, _, rest = spec.partition(":")
         if kind in ROWS:
             name = ROWS[kind]
+        elif spec in MEMBERS:
+            name = spec
         elif kind == "judge":
             name = kind
         elif kind in ("pyiqa", "python"):
@@ -145,26 +154,15 @@ def set_values(spec: str, files: dict[str, list[Path]], real: list[Path] | None,
     `real`: images to measure the distance from, where the metric is one. Raises ValueError or ImportError if the
     metric cannot be had, or for too few images.
     """
-    kind, _, rest = spec.partition(":")
-    if kind == "lpips-diversity":
+    if spec == "lpips-diversity":
 
         def diversity(images: list[Path]) -> float:
             return lpips_diversity(torch.cat(list(read_images(images))).float() / 255, device=device)[0]
 
         return {model: diversity(images) for model, images in files.items()}
-    if kind == "judge-kid":
-        from acpo_utils.evaluators.judge import load_judge
-
-        judge = load_judge(rest).to(device)
-
-        def network(batch):
-            return judge.features(batch.float() / 255)
-    else:
-        network = inception("logits_unbiased" if kind == "is" else "2048", device)
+    network = inception("logits_unbiased" if spec == "is" else "2048", device)
     features = {model: image_features(network, images, device) for model, images in files.items()}
-    if kind == "is":
+    if spec == "is":
         return {model: inception_score(logits) for model, logits in features.items()}
     real_features = image_features(network, real, device)
-    if kind == "fid":
-        return {model: fid(real_features, generated) for model, generated in features.items()}
-    return {model: kid(real_features, generated)[0] for model, generated in features.items()}
+    return {model: fid(real_features, generated) for model, generated in features.items()}

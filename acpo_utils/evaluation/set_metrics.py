@@ -18,6 +18,7 @@ from acpo_utils.files import no_pickles, package_folder
 
 
 EFFICIENTNET_KID = "KID on EfficientNet-Lite features"  # the name of its row in every table
+KERNEL_ROWS = 256  # of KID's kernel in memory at a time
 LAST_LAYER = 1280  # the first of `EfficientNetFeatures`' columns; the others are of earlier layers
 
 
@@ -158,3 +159,41 @@ def efficientnet_kid(
     network = EfficientNetFeatures().to(device)
     real, generated = (extract_features(network, part)[:, :LAST_LAYER] for part in (reference, images))
     return kid(real, generated, seed=seed)
+
+
+def kid_draws(real: torch.Tensor, generated: torch.Tensor, weights: np.ndarray, real_kernel: float) -> np.ndarray:
+    """`kid` of all images at once, in place of the mean over subsets, for each row of `weights` over the generated ones.
+
+    An image drawn twice is not compared with itself, so that the estimate stays unbiased. No more than a block of rows of
+    the kernel's matrix is in memory.
+
+    Args:
+        real: (R, D). generated: (N, D). weights: (draws, N) as `bootstrap_weights` gives them.
+        real_kernel: `mean_kernel(real)`.
+    Returns:
+        (draws,) in fp64.
+    """
+    real, generated, shares = real.double(), generated.double(), torch.from_numpy(weights)
+    within = torch.zeros(len(shares), dtype=torch.float64)
+    to_real = []
+    for rows in torch.arange(len(generated)).split(KERNEL_ROWS):
+        block = _kernel(generated[rows], generated)  # (rows, N)
+        block[torch.arange(len(rows)), rows] = 0
+        within += (shares[:, rows] * (shares @ block.T)).sum(1)
+        to_real.append(_kernel(generated[rows], real).mean(1))
+    within /= 1 - shares.square().sum(1)
+    return (within - 2 * shares @ torch.cat(to_real) + real_kernel).numpy()
+
+
+def mean_kernel(features: torch.Tensor) -> float:
+    """The mean of KID's kernel over all pairs of different rows of (N, D), N >= 2, in fp64."""
+    features, total = features.double(), 0.0
+    for rows in torch.arange(len(features)).split(KERNEL_ROWS):
+        block = _kernel(features[rows], features)
+        block[torch.arange(len(rows)), rows] = 0
+        total += block.sum().item()
+    return total / (len(features) * (len(features) - 1))
+
+
+def _kernel(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return (first @ second.T / first.shape[1] + 1) ** 3

@@ -1,9 +1,10 @@
 """The table of an evaluation, as the paper's tables 2 and 3: a row for each model, prompt set and metric."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from acpo_utils.evaluation.families import FAMILY_MARK, family_note
 from acpo_utils.files import aligned_table, atomic_write, write_csv
 from acpo_utils.statistics import holm, paired_comparison, win_rate_interval
 
@@ -20,6 +21,10 @@ NUMBERS = (
     "win_rate_low",
     "win_rate_high",
     "tie_rate",
+    "change",
+    "change_low",
+    "change_high",
+    "real_mean",
 )
 
 
@@ -31,11 +36,11 @@ def paired_row(base: Sequence[float], finetuned: Sequence[float], lower_is_bette
     """
     row = paired_comparison(base, finetuned, lower_is_better)
     low, high = win_rate_interval(round(row["win_rate"] * row["n"]), row["n"])
-    return row | {"win_rate_low": low, "win_rate_high": high}
+    return dict.fromkeys(NUMBERS) | row | {"win_rate_low": low, "win_rate_high": high}
 
 
 def set_row(base: float, finetuned: float, n: int) -> dict:
-    """A row of two values of whole sets of `n` images each: they have a difference, and nothing to test it by."""
+    """A row of two values of whole sets of `n` images each: they have a difference, and no test of single images."""
     row = {"n": n, "base_mean": base, "finetuned_mean": finetuned, "mean_difference": finetuned - base}
     return dict.fromkeys(NUMBERS) | row
 
@@ -49,12 +54,20 @@ def finish_rows(rows: list[dict]) -> list[dict]:
 
 
 def metric_name(row: dict) -> str:
-    """The metric as a table names it: an arrow down where lower is better, "(guide)" if it guided this model."""
-    return row["metric"] + (" ↓" if row["lower_is_better"] else "") + (" (guide)" if row["guide"] else "")
+    """The metric as a table names it: an arrow down where lower is better, "to real" where the real images' value is best;
+    "(guide)" if it guided this model, "(guide's family)" if its network is of a guide's kind."""
+    name = row["metric"]
+    if row["real_mean"] is not None:
+        name += " → real"
+    elif row["lower_is_better"]:
+        name += " ↓"
+    if row["guide"]:
+        return f"{name} (guide)"
+    return f"{name} {FAMILY_MARK}" if row.get("family") else name
 
 
 def table_cells(rows: list[dict]) -> list[list[str]]:
-    """The header and the rows as text; the columns model and prompts only where there are several."""
+    """The header and the rows as text; the columns model, prompts, real and change only where they say something."""
 
     def number(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
@@ -64,8 +77,8 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
             return "–"
         return f"{100 * row['win_rate']:.1f} % [{100 * row['win_rate_low']:.1f}, {100 * row['win_rate_high']:.1f}]"
 
-    header = ["model", "prompts", "metric", "base", "fine-tuned", "difference", "std", "t", "p (Holm)"]
-    cells = [[*header, "win rate [95 %]", "n"]]
+    header = ["model", "prompts", "metric", "base", "fine-tuned", "real", "difference", "change [95 %]", "std", "t"]
+    cells = [[*header, "p (Holm)", "win rate [95 %]", "n"]]
     for row in rows:
         line = [
             row["model"],
@@ -73,7 +86,9 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
             metric_name(row),
             number(row["base_mean"], ".4f"),
             number(row["finetuned_mean"], ".4f"),
+            number(row["real_mean"], ".4f"),
             number(row["mean_difference"], "+.4f"),
+            change_cell(row),
             number(row["std_difference"], ".4f"),
             number(row["t"], ".2f"),
             number(row["p_holm"], ".2g"),
@@ -82,7 +97,17 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
         ]
         cells.append(line)
     single = [column for column in (0, 1) if len({line[column] for line in cells[1:]}) <= 1]
+    single += [column for column in (5, 7) if {line[column] for line in cells[1:]} <= {"–"}]
     return [[cell for column, cell in enumerate(line) if column not in single] for line in cells]
+
+
+def change_cell(row: dict) -> str:
+    """The change in percent of the base's value, with its interval; a dash where there is none."""
+    numbers = [row["change"], row["change_low"], row["change_high"]]
+    if any(value is None or not math.isfinite(value) for value in numbers):
+        return "–"
+    change, low, high = (100 * value for value in numbers)
+    return f"{change:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
 def evaluation_table(rows: list[dict]) -> str:
@@ -96,7 +121,7 @@ def write_evaluation_tables(folder: str | Path, results: dict) -> None:
     folder = Path(folder)
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(evaluation_table(results["rows"]) + "\n" + evaluation_notes(results), encoding="utf-8")
-    fields = ["model", "prompts", "metric", "guide", "lower_is_better", "n", *NUMBERS]
+    fields = ["model", "prompts", "metric", "guide", "family", "lower_is_better", "n", *NUMBERS]
     write_csv(folder / "table.csv", fields, results["rows"])
     lines = []
     for model, images in results["images"].items():
@@ -111,6 +136,7 @@ def evaluation_notes(results: dict) -> str:
     lines = []
     if any(row["guide"] for row in results["rows"]):
         lines.append("guide: the model was trained to raise this score; it is no independent evidence.")
+    lines += family_note(row.get("family") for row in results["rows"])
     lines += [f"{metric}: unavailable. {reason}" for metric, reason in results["unavailable"].items()]
     return "".join(f"\n{line}\n" for line in lines)
 
@@ -136,4 +162,14 @@ def comparison_table(comparisons: dict[str, dict]) -> str:
             f"| {name} | {row['base_mean']:.4f} | {row['finetuned_mean']:.4f} | {row['mean_difference']:+.4f} "
             f"| {number(row['t'], '.2f')} | {number(row['p'], '.2g')} | {100 * row['win_rate']:.1f} % | {row['n']} |"
         )
+    return "\n".join(lines)
+
+
+def panel_table(rows: Iterable[dict]) -> str:
+    """A markdown table of the panel's rows, of one model against its base."""
+    lines = ["| beside real images | base | fine-tuned | real | change [95 %] | n |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        real = "–" if row["real_mean"] is None else f"{row['real_mean']:.4f}"
+        numbers = f"{row['base_mean']:.4f} | {row['finetuned_mean']:.4f} | {real} | {change_cell(row)} | {row['n']}"
+        lines.append(f"| {metric_name(row)} | {numbers} |")
     return "\n".join(lines)

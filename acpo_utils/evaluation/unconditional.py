@@ -11,7 +11,9 @@ from torchvision.utils import save_image
 from acpo_utils.anchor import without_adapter
 from acpo_utils.evaluation.denoising_error import unet_denoising_error
 from acpo_utils.evaluation.diversity import DIVERSITY, lpips_diversity
+from acpo_utils.evaluation.families import family_note
 from acpo_utils.evaluation.grids import comparison_picture
+from acpo_utils.evaluation.panel import WITHOUT_PAIRS, measure_panel, panel_report
 from acpo_utils.evaluation.sampling import sample_unconditional, score_images
 from acpo_utils.evaluation.set_metrics import EFFICIENTNET_KID, efficientnet_kid
 from acpo_utils.evaluation.table import comparison_table, finite_numbers
@@ -178,7 +180,7 @@ def compare_unconditional_models(
         base_unet: as `without_adapter` takes it: `unet` itself if it has a LoRA, or a frozen copy; None from scratch.
         noise_scheduler: of the training. scorers: evaluators by name, with `score(images, None)`; None is left out.
             The scores of "guide" stand under the pictures.
-        judges: of `split_judges`. held_out: (M, 3, H, W) in [0, 1], for KID and for the MSE, or None.
+        judges: of `split_judges`. held_out: (M, 3, H, W) in [0, 1], for KID, the MSE and the panel (`measure_panel`), or None.
         num_images: at least 4; of 0 nothing is sampled and nothing is written.
         events: what else of the run belongs into metrics.json, by name.
     Returns:
@@ -199,7 +201,9 @@ def compare_unconditional_models(
         batch_size=batch_size,
         num_inference_steps=num_inference_steps,
     )
-    images, values, sets = measure_model(build_pipeline(unet), description="sampling the trained model")
+    pipeline = build_pipeline(unet)
+    device = pipeline.device
+    images, values, sets = measure_model(pipeline, description="sampling the trained model")
     if base_unet is None:
         picture = "samples.png"
         numbers, table = summarise_measures(values, sets)
@@ -211,6 +215,12 @@ def compare_unconditional_models(
             base_pipeline = build_pipeline(base)
             base_images, base_values, base_sets = measure_model(base_pipeline, description="sampling the base model")
         numbers, table = compare_measures((base_values, base_sets), (values, sets))
+        if held_out is not None:
+            guides = [scorer for scorer in scorers.values() if scorer is not None]
+            both = {"base": base_images, "finetuned": images}
+            panel, lines = panel_report(measure_panel(WITHOUT_PAIRS, both, held_out, [], device, seed), guides)
+            lines += family_note(row["family"] for row in panel.values())
+            numbers["panel"], table = panel, "\n\n".join([table, *lines])
         titles = [f"noise {i}" for i in range(num_images)]
         guide_scores = (base_values["guide"], values["guide"]) if "guide" in values else None
         comparison_picture(output_dir / picture, base_images, images, titles, guide_scores)

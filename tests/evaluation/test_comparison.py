@@ -3,15 +3,20 @@
 import json
 from functools import partial
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+from acpo_utils.data import fit_image
 from acpo_utils.ddpm import build_pipeline
 from acpo_utils.evaluation.comparison import compare_models
 from acpo_utils.evaluation.denoising_error import prediction_drift, unet_denoising_error
+from acpo_utils.evaluation.panel import NO_REAL, PANEL
+from acpo_utils.evaluation.real_images import read_prompt_images
 from acpo_utils.evaluation.sampling import sample_images, sample_unconditional
 from acpo_utils.evaluation.unconditional import MSE, compare_unconditional_models
 from acpo_utils.evaluators import load_evaluator
@@ -62,12 +67,44 @@ def test_base_and_lora_are_compared_on_the_same_noise(pipeline, tmp_path, capsys
     assert metrics["sets"] == {"drift": [drift.mean().item(), drift.std().item()]} and drift.mean() > 0
 
     out = capsys.readouterr().out
-    assert out == f"\n{table}\n\nThe picture, the numbers and the LoRA are in {tmp_path.resolve()}\n"
+    assert out == f"\n{table}\n\nThe picture, the numbers and the LoRA are in {tmp_path.resolve()}\n{NO_REAL}\n"
     assert f"| guide | {guide['base_mean']:.4f} | {guide['finetuned_mean']:.4f} |" in table
     assert table.endswith(f"\n\nDrift (eq. 7 on noised samples of the base model, all timesteps): {drift.mean():.3g}")
     assert pictures == ["comparison.png"]
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.width > 1000
+
+
+def test_real_images_of_the_prompts_bring_the_panel(pipeline, tmp_path, capsys):
+    pytest.importorskip("stlpips_pytorch")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 36, 3), dtype=np.uint8)
+    rows = [{"image": Image.fromarray(picture), "text": text} for picture, text in zip(pixels, PROMPTS)]
+    rows.insert(1, {"image": None, "text": "a wall that nobody drew"})
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "held-out.parquet")
+    prompts = [row["text"] for row in rows]
+    sampling = {"seed": 3, "batch_size": 2, "num_inference_steps": 2, "guidance_scale": 2.0, "device": "cpu"}
+    scorers = {"guide": load_evaluator(GUIDE)}
+    table, _ = compare_models(
+        pipeline, prompts, scorers, tmp_path / "out", events={}, prompt_file=tmp_path / "held-out.parquet", **sampling
+    )
+    panel = json.loads((tmp_path / "out" / "metrics.json").read_text())["panel"]
+    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    bands = [f"swd-{size >> level}" for level in range(4) if size >> level >= 16]
+    assert set(panel) == {name for name in PANEL if name != "swd"} | set(bands)
+    assert panel["ssim"]["n"] == 3 and panel["kid:vgg"]["n"] == 4, (
+        "a prompt without a real image has no distance to it"
+    )
+    assert all(row["finetuned_mean"] != row["base_mean"] for row in panel.values())
+    for label in ("kid:lite2 ↓", "swd-16 ↓", "ssim", "edge-energy → real"):
+        assert f"| {label} |" in table
+    assert NO_REAL not in capsys.readouterr().out
+    real = read_prompt_images(tmp_path / "held-out.parquet", 4, (size, size))
+    assert list(real) == [0, 2, 3] and real[0].shape == (3, size, size)
+    expected = fit_image(Image.fromarray(pixels[1]), size, center_crop=True, random_flip=False, rng=None) / 2 + 0.5
+    assert (real[2] - expected).abs().mean() < 0.05, "the same picture, cropped in another order of steps"
+    assert read_prompt_images(tmp_path / "held-out.parquet", 1, (size, size)).keys() == {0}
+    assert read_prompt_images("prompts.txt", 4, (size, size)) == read_prompt_images(None, 4, (size, size)) == {}
 
 
 def test_without_prompts_nothing_is_compared(pipeline, tmp_path):
@@ -109,7 +146,8 @@ def test_an_unconditional_model_is_compared_with_its_lora_off(compare_ddpm, tmp_
     scorers = {"guide": guide}
     table, pictures = compare_ddpm(unet=unet, base_unet=unet, scorers=scorers, held_out=held_out, num_images=5)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert list(metrics) == ["num_images", "skipped_steps", "comparisons", "sets"] and metrics["num_images"] == 5
+    assert list(metrics) == ["num_images", "skipped_steps", "comparisons", "sets", "panel"]
+    assert metrics["num_images"] == 5 and metrics["panel"]["swd-32"]["n"] == 5 and "| swd-32 ↓ |" in table
 
     def measured(unet):
         images = sample_unconditional(build_pipeline(unet, DDPMScheduler(), "ddim"), 5, 1, 2, 3)

@@ -8,13 +8,40 @@ from acpo_utils.evaluation.metrics import check_metric, is_guide, metric_labels,
 def test_names_are_checked(tmp_path):
     (tmp_path / "iqa").mkdir()
     folder = tmp_path / "iqa"
-    for spec in ("fid", "is", "kid", "mse", "lpips-diversity", "hyperiqa", "maniqa", "clipscore", "pickscore"):
+    for spec in (
+        "fid",
+        "is",
+        "kid",
+        "kid:vgg",
+        "swd",
+        "st-lpips:alex",
+        "ssim",
+        "panel",
+        "mse",
+        "lpips-diversity",
+        "hyperiqa",
+        "maniqa",
+        "clipscore",
+        "pickscore",
+    ):
         check_metric(spec)
     for spec in (f"ipce:{folder}", f"two-stream:{folder}", f"judge:{folder}", f"clipscore:{folder}", str(folder)):
         check_metric(spec)
     for spec in ("ipce:someone/on-the-hub", "pyiqa:musiq", "python:my.module:score"):
         check_metric(spec)
-    for spec in ("fid:x", "clipscores", "judge:nowhere", "ipce:nowhere", "ipce:", "pyiqa:", "", "clipscore:nowhere"):
+    for spec in (
+        "fid:x",
+        "kid:x",
+        "st-lpips",
+        "swd-64",
+        "clipscores",
+        "judge:nowhere",
+        "ipce:nowhere",
+        "ipce:",
+        "pyiqa:",
+        "",
+        "clipscore:nowhere",
+    ):
         with pytest.raises(ValueError, match=f"--metrics {spec}"):
             check_metric(spec)
 
@@ -25,7 +52,7 @@ def test_labels_are_short_and_different():
         "ipce:b/guide",
         "clipscore",
         "judge:x/judge",
-        "judge-kid:x/judge",
+        "kid:lite2",
         "pyiqa:musiq",
         "python:my.module:redness",
         "c/iqa/",
@@ -36,7 +63,7 @@ def test_labels_are_short_and_different():
         "ipce-guide-2",
         "clipscore",
         "judge",
-        "KID on the judge's EfficientNet-Lite features",
+        "kid:lite2",
         "musiq",
         "redness",
         "iqa",

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from acpo_utils.evaluation.panel import PANEL
 from acpo_utils.evaluation.real_images import read_real_images
+from acpo_utils.evaluation.real_pairs import ssim
 from acpo_utils.randomness import step_generator
 from tests.launching import EXAMPLES, command_line, launch, refused, run_script
 
@@ -167,6 +169,45 @@ def test_two_loras_two_prompt_sets_and_every_output(
     assert all((folder / reference).is_file() for reference in page.references)
 
 
+def test_the_panel_beside_real_images_of_the_same_captions(flags, loras, tmp_path, captioned_images):
+    captions = read_real_images(captioned_images, caption_column="text").captions
+    (tmp_path / "held-out.txt").write_text("\n".join([*captions[2:6], "a wall"]) + "\n")
+    (tmp_path / "unseen.txt").write_text("a tower\na bridge\na boat\n")
+    sets = [tmp_path / "held-out.txt", tmp_path / "unseen.txt"]
+    metrics = ["kid:alex", "swd", "st-lpips:alex", "ssim", "edge-energy", "python:tests.guides:brightness"]
+    out = run_script(SCRIPT, *flags(prompts=sets, metrics=metrics, real_data_dir=captioned_images))
+    folder = tmp_path / "out"
+    results = json.loads((folder / "results.json").read_text())
+    assert "4 of 8 prompts have a real image" in out
+    rows = {(row["prompts"], row["metric"]): row for row in results["rows"]}
+    beside = ["kid:alex", "swd-32", "swd-16", "edge-energy"]
+    assert {label for prompts, label in rows if prompts == "unseen"} == {*beside, "brightness"}
+    assert {label for prompts, label in rows if prompts == "held-out"} == {
+        *beside,
+        "st-lpips:alex",
+        "ssim",
+        "brightness",
+    }
+    reason = "it needs prompts that are captions of real images"
+    assert results["unavailable"] == {"st-lpips:alex, unseen": reason, "ssim, unseen": reason}
+
+    # Row by row the distance is that of the prompt's own real image.
+    def image(name):
+        return torch.from_numpy(pixels(folder / name)).permute(2, 0, 1)[None] / 255
+
+    for model, mean in {"base": "base_mean", "first": "finetuned_mean"}.items():
+        found = [
+            ssim(image(name), image(f"real_images/{row + 2:06d}.png")).item()
+            for row, name in enumerate(results["images"][model][:4])
+        ]
+        assert rows["held-out", "ssim"][mean] == pytest.approx(np.mean(found), abs=1e-5)
+    assert rows["held-out", "ssim"]["n"] == 4 and rows["held-out", "kid:alex"]["n"] == 5
+    assert rows["held-out", "edge-energy"]["real_mean"] > 0
+    assert results["real_images"] == [*(f"real_images/{row:06d}.png" for row in range(2, 6)), None, None, None, None]
+    assert 'alt="real"' in (folder / "report.html").read_text()
+    assert "edge-energy → real" in out and "swd-32 ↓" in out and "change [95 %]" in out
+
+
 def test_latents_are_not_clipped_whatever_scheduler_the_model_was_saved_with(flags, tiny_pipeline, tmp_path):
     """A PNDM scheduler's configuration says nothing of clip_sample, which DDIM by itself switches on."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
@@ -283,12 +324,12 @@ def test_the_demo_is_compared_by_its_guide_and_its_judge(loras):
     models = script.check_models(args)
     assert models == {"base": args.pretrained_model_name_or_path, "first": str(loras[0])}
     prompts = script.read_all_prompts(args)
-    assert len(prompts) == 100 and all(prompt.set == "new_combinations" for prompt in prompts)
+    assert len(prompts) == 300 and all(prompt.set == "new_combinations" for prompt in prompts)
     metrics = script.choose_metrics(args, {"first": ["ipce:guide"]})
     judge = EXAMPLES / "demo" / "judge"
-    assert metrics == ["ipce:guide", f"judge:{judge}", f"judge-kid:{judge}", "mse"]
+    assert metrics == ["ipce:guide", f"judge:{judge}", *PANEL, "mse"]
     real = read_real_images(args.real_data_dir, max_real_images=args.max_real_images)
-    assert len(real.dataset) == 200 and real.image_column == "image" and real.captions is None
+    assert len(real.dataset) == 594 and real.image_column == "image" and real.captions is None
     # What is given takes the place of the demo's.
     args = script.parse_args(["--lora", str(loras[0]), "--prompts", "demo-unseen", "--max_prompts", "7"])
     assert args.demo and args.prompts == ["demo-unseen"] and args.max_prompts == 7
