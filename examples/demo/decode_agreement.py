@@ -18,9 +18,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from acpo_utils.evaluators import load_evaluator
+from acpo_utils.families.latents import encode_images
 from acpo_utils.late_step import crop_latents, decode_latents, predict_original_sample, sample_late_timesteps
 from acpo_utils.randomness import step_generator
-from acpo_utils.stable_diffusion import encode_images
 
 
 DEMO = Path(__file__).parent
