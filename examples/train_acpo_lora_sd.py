@@ -310,8 +310,10 @@ def load_models(args, weight_dtype, device):
     return noise_scheduler, tokenizer, text_encoder, vae, decoder, unet
 
 
-def build_train_set(dataset, tokenizer, num_samples, vae, text_encoder, weight_dtype, accelerator, args):
+def build_train_set(dataset, tokenizer, vae, text_encoder, weight_dtype, accelerator, args):
     """Sample n of the run is a function of (seed, n) alone, so resuming means to start counting at n."""
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    num_samples = args.max_train_steps * samples_per_step
     if args.train_prompts:
         return data.Prompts(dataset, tokenizer, num_samples, args.seed)
     if not args.cache_latents:
@@ -382,9 +384,7 @@ def main(args):
     if args.torch_compile:
         compile_models(unet, decoder)
 
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    num_samples = args.max_train_steps * samples_per_step
-    train_set = build_train_set(dataset, tokenizer, num_samples, vae, text_encoder, weight_dtype, accelerator, args)
+    train_set = build_train_set(dataset, tokenizer, vae, text_encoder, weight_dtype, accelerator, args)
     guide_inputs = None
     if args.quality_weight:
         guide_inputs = decoded_examples(train_set, vae, decoder, accelerator.device, args)
