@@ -1,8 +1,9 @@
 """The anchor of ACPO eq. 7: what the frozen base model predicts, from the same weights with the LoRA switched off."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -20,7 +21,7 @@ def without_adapter(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Inside, the U-Net is the base model: its LoRA is off. It is on again after, also after an error.
 
     Args:
-        unet: a diffusers U-Net with an adapter (`add_adapter`, or peft's `get_peft_model`), as it is or as
+        unet: a diffusers U-Net or transformer with an adapter (`add_adapter`, or peft's `get_peft_model`), as it is or as
             `accelerator.prepare` returned it. One without an adapter is itself the base: the frozen copy of a full
             fine-tuning.
     Yields:
@@ -44,7 +45,11 @@ def without_adapter(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @torch.no_grad()
 def base_prediction(
-    unet: torch.nn.Module, noisy_latents: torch.Tensor, timesteps: torch.Tensor, *conditioning: torch.Tensor
+    unet: torch.nn.Module,
+    noisy_latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    *conditioning: Any,
+    predict: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """eps_theta(z_t, t, c): the prediction of the base model, without graph and without a second copy of it (eq. 7).
 
@@ -54,10 +59,13 @@ def base_prediction(
     Args:
         unet: as in `without_adapter`. noisy_latents: (B, C, h, w). timesteps: (B,).
         conditioning: what else the U-Net is called with: encoder_hidden_states (B, tokens, dim), or nothing.
+        predict: (model, noisy_latents, timesteps, *conditioning) -> prediction, of models that are called otherwise.
     Returns:
         (B, C, h, w), in the scheduler's prediction type.
     """
     with without_adapter(unet) as model:
+        if predict is not None:
+            return predict(model, noisy_latents, timesteps, *conditioning)
         return model(noisy_latents, timesteps, *conditioning, return_dict=False)[0]
 
 

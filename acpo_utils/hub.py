@@ -22,9 +22,9 @@ LORA_USAGE = """
 ## How to use
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{base_model}")
+pipeline = DiffusionPipeline.from_pretrained("{base_model}")
 pipeline.load_lora_weights("{folder}")
 image = pipeline("a prompt").images[0]
 ```

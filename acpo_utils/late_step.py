@@ -1,10 +1,14 @@
 """Late-step samples of ACPO (section 3.3.1, eq. 5): from a latent z_t with t < tmax to an image in [0, 1], with gradient."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch.utils.checkpoint import checkpoint
 
 from acpo_utils.losses import NoiseScheduler
@@ -101,10 +105,10 @@ def denoise_late_steps(
 def decode_latents(
     vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor, batch_size: int | None = None
 ) -> torch.Tensor:
-    """x_hat = D(z_0_hat) (eq. 5): decode with gradient, in fp32, to the range that evaluators expect.
+    """x_hat = D(z_0_hat) (eq. 5): decode with gradient, in the precision of `vae`, to the range that evaluators expect.
 
-    The same arithmetic as `VaeImageProcessor.postprocess`, without leaving the graph. `vae` must hold fp32 weights (a
-    fp16 decode overflows); `vae.enable_gradient_checkpointing()` trades its activations for a second forward pass.
+    The same arithmetic as `VaeImageProcessor.postprocess`, without leaving the graph. fp32 is right for every VAE; a fp16
+    decode overflows, a bf16 one does not, and rounds. `checkpoint_decoder` trades its activations for a second forward.
 
     Args:
         latents: (B, 4, h, w), scaled as the U-Net sees them.
@@ -119,12 +123,27 @@ def decode_latents(
             return vae.decode(latents, return_dict=False)[0]
 
     latents = latents.float() / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    latents = latents.to(vae.dtype)
     if batch_size is None:
         images = decode(latents)
     else:
         chunks = latents.split(batch_size)
         images = torch.cat([checkpoint(decode, chunk, use_reentrant=False) for chunk in chunks])
-    return (images / 2 + 0.5).clamp(0, 1)
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def checkpoint_decoder(vae: AutoencoderKL | AutoencoderTiny, enabled: bool = True) -> None:
+    """From now on the decoder keeps what goes into each of its blocks, and runs the block again in the backward pass.
+
+    Of an AutoencoderKL each resnet and each upsampler by itself. diffusers' own switch takes an up block at a time, three
+    resnets and an upsampler of which all activations are then there at once, and the middle block's attention as well: at
+    1024 px in fp32 it peaks at 12.2 GiB, this at 8.6. Of an AutoencoderTiny each block. Values and gradients are the same.
+    """
+    for module in vae.decoder.modules():
+        if isinstance(module, (ResnetBlock2D, Upsample2D, AutoencoderTinyBlock)):
+            vars(module).pop("forward", None)
+            if enabled:  # a partial of a bound method, which copy.deepcopy binds to the copy
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def crop_latents(latents: torch.Tensor, side: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -174,33 +193,50 @@ def rollout_late_samples(
     return samples, timestep.repeat(len(samples))
 
 
+def without_prompt(
+    conditions: dict[str, torch.Tensor], negative_conditions: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`conditions` of B captions with what `negative_conditions`, of one row, say in their place: what guidance leads away
+    from. Others, as a picture's size, stay."""
+    return conditions | {name: value.expand_as(conditions[name]) for name, value in negative_conditions.items()}
+
+
 def rollout_late_latents(
-    unet: UNet2DConditionModel,
+    predict: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
     noise_scheduler: NoiseScheduler,
-    prompt_embeds: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor,
+    conditions: dict[str, torch.Tensor],
+    negative_conditions: dict[str, torch.Tensor],
     latents_shape: tuple[int, ...],
     tmax: int,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rollout_late_samples` of a text-to-image U-Net, with classifier-free guidance: (B, 4, h, w) and (B,)."""
-    both_embeds = torch.cat([negative_prompt_embeds.expand_as(prompt_embeds), prompt_embeds])
+    """`rollout_late_samples` of a text-to-image model, with classifier-free guidance: (B, 4, h, w) and (B,).
 
-    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        negative, positive = unet(latents.repeat(2, 1, 1, 1), timestep, both_embeds, return_dict=False)[0].chunk(2)
+    Args:
+        predict: (latents, timestep, conditions) -> prediction. conditions: by name, of B rows each; "prompt_embeds" is one
+            of them, whose device and dtype the latents have. negative_conditions: as in `without_prompt`.
+        guidance_scale: up to 1 there is no guidance, as in diffusers' pipelines.
+    """
+
+    def guided(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if guidance_scale <= 1:
+            return predict(latents, timestep, conditions)
+        negative, positive = predict(latents.repeat(2, 1, 1, 1), timestep, both).chunk(2)
         return negative + guidance_scale * (positive - negative)
 
+    without = without_prompt(conditions, negative_conditions)
+    both = {name: torch.cat([without[name], value]) for name, value in conditions.items()}
     return rollout_late_samples(
-        predict,
+        guided,
         noise_scheduler,
         latents_shape,
         tmax=tmax,
         num_inference_steps=num_inference_steps,
         generator=generator,
-        device=prompt_embeds.device,
-        dtype=prompt_embeds.dtype,
+        device=conditions["prompt_embeds"].device,
+        dtype=conditions["prompt_embeds"].dtype,
     )
 
 

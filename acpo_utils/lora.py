@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
@@ -31,8 +30,8 @@ KOHYA_MATRICES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B
 LORA_LAYERS = (torch.nn.Linear, torch.nn.Conv2d)  # what peft gives a LoRA in a U-Net of diffusers
 
 
-def save_lora(unet: UNet2DConditionModel, output_dir: str | Path) -> Path:
-    """Writes the U-Net's "default" adapter, in fp32 and with its rank and alpha, for `load_lora_weights`.
+def save_lora(unet: Any, output_dir: str | Path, pipeline_class: type | None = None) -> Path:
+    """Writes the "default" adapter, in fp32 and with its rank and alpha, for `load_lora_weights` of `pipeline_class`.
 
     Returns the file `output_dir/pytorch_lora_weights.safetensors`. Two choices that are easily made wrong: the PEFT
     names are kept, since diffusers' `convert_state_dict_to_diffusers` renames only to_q, to_k, to_v and to_out and
@@ -41,21 +40,25 @@ def save_lora(unet: UNet2DConditionModel, output_dir: str | Path) -> Path:
     """
     weights = get_peft_model_state_dict(unet, dict(unet.named_parameters()))
     layers = {name: weight.detach().float().cpu() for name, weight in weights.items()}
-    return write_lora(layers, unet.peft_config["default"], Path(output_dir) / LORA_NAME)
+    return write_lora(layers, unet.peft_config["default"], Path(output_dir) / LORA_NAME, pipeline_class)
 
 
-def write_lora(weights: dict[str, torch.Tensor], lora_config: LoraConfig, path: Path) -> Path:
-    """Writes a U-Net's LoRA, under PEFT names (`....lora_A.weight`), to the .safetensors file `path`, which it returns."""
+def _family(pipeline_class: type | None) -> tuple[Any, str]:
+    """The pipeline's class, StableDiffusionPipeline if None, and how the names in its LoRA begin: the part that is trained."""
     from diffusers import StableDiffusionPipeline
 
+    return pipeline_class or StableDiffusionPipeline, getattr(pipeline_class, "transformer_name", "unet")
+
+
+def write_lora(
+    weights: dict[str, torch.Tensor], lora_config: LoraConfig, path: Path, pipeline_class: type | None = None
+) -> Path:
+    """Writes a LoRA, under PEFT names (`....lora_A.weight`), to the .safetensors file `path`, which it returns."""
+    pipeline, prefix = _family(pipeline_class)
+    layers = {f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": lora_config.to_dict()}
     temporary = path.parent / f".lora.{os.getpid()}.tmp"
     try:
-        StableDiffusionPipeline.save_lora_weights(
-            temporary,
-            unet_lora_layers=weights,
-            unet_lora_adapter_metadata=lora_config.to_dict(),
-            weight_name=path.name,
-        )
+        pipeline.save_lora_weights(temporary, weight_name=path.name, **layers)
         os.replace(temporary / path.name, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -81,14 +84,14 @@ def _from_kohya(weights: dict[str, torch.Tensor], file: Path) -> tuple[dict[str,
     return converted, alphas
 
 
-def read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The U-Net's tensors of a LoRA file or folder under PEFT names (`....lora_A.weight`), and its `read_lora_config`.
+def read_lora(path: str | Path, pipeline_class: type | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors of a LoRA file or folder under PEFT names (`....lora_A.weight`), and its `read_lora_config`.
 
     The file's own names are PEFT's, older ones of diffusers, or kohya's. Raises ValueError as `read_lora_config`.
     """
-    from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
+    pipeline, prefix = _family(pipeline_class)
     file = Path(path) / LORA_NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"LoRA file not found: {file}. Expected a .safetensors file or a folder with {LORA_NAME}.")
@@ -100,7 +103,8 @@ def read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
             raise ValueError("lora_adapter_metadata is no object")
         is_kohya = any(name.startswith("lora_unet_") for name in weights)
         if not is_kohya:
-            weights, _ = StableDiffusionPipeline.lora_state_dict(weights)
+            read = pipeline.lora_state_dict(weights)
+            weights = read[0] if isinstance(read, tuple) else read  # some pipelines return kohya's alphas, too
     except Exception as error:  # diffusers, converting other formats, raises whatever a name or a tensor leads to
         raise ValueError(f"LoRA file {file} is damaged or in no known format: {one_line(error)}") from error
 
@@ -109,12 +113,12 @@ def read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
         weights, alphas = _from_kohya(weights, file)
         adapter = {}
     else:
-        other = sorted({name.split(".")[0] for name in weights if not name.startswith("unet.")})
+        other = sorted({name.split(".")[0] for name in weights if not name.startswith(f"{prefix}.")})
         if other or not weights:
             found = one_line(", ".join(other)) or "none"
-            raise ValueError(f"LoRA file {file}: expected only tensors named unet.*, found {found}.")
-        weights = {name.removeprefix("unet."): value for name, value in weights.items()}
-        weights = convert_unet_state_dict_to_peft(weights)
+            raise ValueError(f"LoRA file {file}: expected only tensors named {prefix}.*, found {found}.")
+        weights = {name.removeprefix(f"{prefix}."): value for name, value in weights.items()}
+        weights = convert_unet_state_dict_to_peft(weights) if prefix == "unet" else weights
 
     layers = {name.rpartition(".lora_")[0] for name in weights} | alphas.keys()
     complete = {f"{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
@@ -129,7 +133,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
         rank_as_alpha = {layer: float((*weights[f"{layer}.lora_A.weight"].shape, 0)[0]) for layer in layers}
         alphas = rank_as_alpha | alphas
     found_alphas = sorted(set(alphas.values()))
-    config = {name.removeprefix("unet."): value for name, value in adapter.items() if name.startswith("unet.")}
+    config = {n.removeprefix(f"{prefix}."): value for n, value in adapter.items() if n.startswith(f"{prefix}.")}
     unsupported = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
     if unsupported or len(ranks) != 1 or ranks == {0} or len(found_alphas) > 1:
         raise ValueError(
@@ -150,22 +154,22 @@ def read_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     return weights, {"rank": rank, "alpha": alpha, "target_modules": targets}
 
 
-def read_lora_config(path: str | Path) -> dict:
+def read_lora_config(path: str | Path, pipeline_class: type | None = None) -> dict:
     """`rank`, `alpha` and `target_modules` of a LoRA file or folder, to create the adapter it is loaded into.
 
     A file without metadata has alpha = rank (as `load_lora_weights` takes it) and lists its layers by full name.
-    Raises ValueError if the file is missing or damaged, mixes ranks or alphas, or is not of a U-Net alone.
+    Raises ValueError if the file is missing or damaged, mixes ranks or alphas, or is not of the trained part alone.
     """
-    return read_lora(path)[1]
+    return read_lora(path, pipeline_class)[1]
 
 
-def load_lora(unet: UNet2DConditionModel, path: str | Path, adapter_name: str = "default") -> None:
+def load_lora(unet: Any, path: str | Path, adapter_name: str = "default", pipeline_class: type | None = None) -> None:
     """Loads a LoRA file or folder into the adapter that `unet` already has, in the adapter's own dtype.
 
     Raises ValueError if the file is missing or damaged, belongs to another U-Net, or has another rank, alpha or set
     of layers than the adapter; nothing is loaded then.
     """
-    found, config = read_lora(path)
+    found, config = read_lora(path, pipeline_class)
     modules = dict(unet.named_modules())
     for name, weight in found.items():
         layer, _, matrix = name.partition(".lora_")

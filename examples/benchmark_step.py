@@ -39,11 +39,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from acpo_utils.anchor import base_prediction
 from acpo_utils.evaluators import IPCE
+from acpo_utils.families.latents import encode_images
+from acpo_utils.families.stable_diffusion import encode_prompts
 from acpo_utils.files import atomic_write
 from acpo_utils.late_step import decode_latents, predict_original_sample
 from acpo_utils.losses import anchor_loss
 from acpo_utils.randomness import step_generator
-from acpo_utils.stable_diffusion import encode_images, encode_prompts
 
 
 SCRIPT = Path(__file__).resolve().with_name("train_acpo_lora_sd.py")
@@ -183,18 +184,19 @@ class World:
             clip_sample=False,
         )
         self.prompts = [f"a prompt {i}" for i in range(batch_size)]
-        embeds = encode_prompts({"input_ids": input_ids}, self.text_encoder)
+        conditions = encode_prompts({"input_ids": input_ids}, self.text_encoder)
+        negative_conditions = {name: value[:1] for name, value in conditions.items()}
         self.batch = {
             "pixel_values": pixel_values,
             "input_ids": input_ids,
             "prompts": self.prompts,
-            "negative_prompt_embeds": embeds[:1],
+            "negative_conditions": negative_conditions,
         }
         self.cached = {
             "latent_moments": moments,
-            "prompt_embeds": embeds,
             "prompts": self.prompts,
-            "negative_prompt_embeds": embeds[:1],
+            "negative_conditions": negative_conditions,
+            **conditions,
         }
         with autocast_on(device):
             self.guide.score(pixel_values / 2 + 0.5, self.prompts)  # its prompt embeddings are kept from here on
@@ -226,7 +228,7 @@ def guided(predictions):
 
 def lora_step(world):
     """diffusers' train_text_to_image_lora.py: encodes images and captions at every step."""
-    embeds = encode_prompts(world.batch, world.text_encoder)
+    embeds = encode_prompts(world.batch, world.text_encoder)["prompt_embeds"]
     latents = encode_images(world.batch, world.vae, step_generator(0)).to(world.dtype)
     noise = world.noise()
     timesteps = world.timesteps()
@@ -274,7 +276,7 @@ def ddim(world, steps):
 
 def refl_step(world):
     """ReFL (Xu et al., ImageReward, 2023): 30 to 39 of 40 steps without gradient, here 34; one with; its estimate of x0."""
-    embeds = encode_prompts(world.batch, world.text_encoder)
+    embeds = encode_prompts(world.batch, world.text_encoder)["prompt_embeds"]
     scheduler = ddim(world, 40)
     latents = world.noise()
     with torch.no_grad():
@@ -299,7 +301,7 @@ def guided_rollout(world, embeds, scheduler, steps):
 
 def alignprop_step(world):
     """AlignProp (Prabhudesai et al., 2023), K = 1: 50 guided steps, of which the last, checkpointed, has a gradient."""
-    embeds = encode_prompts(world.batch, world.text_encoder)
+    embeds = encode_prompts(world.batch, world.text_encoder)["prompt_embeds"]
     scheduler = ddim(world, 50)
     with torch.no_grad():
         latents = guided_rollout(world, embeds, scheduler, 49)
@@ -312,7 +314,7 @@ def alignprop_step(world):
 
 def draft_step(world):
     """DRaFT+ (Clark et al., 2024, as in NVIDIA NeMo), K = 1: the last of 50 guided steps, held to the frozen model's."""
-    embeds = encode_prompts(world.batch, world.text_encoder)
+    embeds = encode_prompts(world.batch, world.text_encoder)["prompt_embeds"]
     scheduler = ddim(world, 50)
     last = scheduler.timesteps[-1]
     with torch.no_grad():
@@ -331,7 +333,7 @@ def draft_step(world):
 
 def ddpo_step(world):
     """DDPO (Black et al., 2024): a guided rollout and its reward without gradient, then each of the 50 steps with one."""
-    embeds = encode_prompts(world.batch, world.text_encoder)
+    embeds = encode_prompts(world.batch, world.text_encoder)["prompt_embeds"]
     scheduler = ddim(world, 50)
     with torch.no_grad():
         latents = guided_rollout(world, embeds, scheduler, 50)

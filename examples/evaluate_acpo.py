@@ -61,12 +61,14 @@ from acpo_utils.evaluation.table import (
     set_row,
     write_evaluation_tables,
 )
+from acpo_utils.families.loading import DTYPE
+from acpo_utils.families.stable_diffusion import build_pipeline
+from acpo_utils.families.stable_diffusion import load as load_stable_diffusion
 from acpo_utils.files import atomic_write, load_strictly, one_line
 from acpo_utils.late_step import lora_below
 from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config
 from acpo_utils.randomness import step_generator
 from acpo_utils.sharding import WEIGHT_DTYPES
-from acpo_utils.stable_diffusion import DTYPE, build_pipeline, load_stable_diffusion
 from acpo_utils.training.arguments import check_numbers, read_demo_settings
 from acpo_utils.training.run import use_all_cpus
 

@@ -15,27 +15,37 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import SchedulerType
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from acpo_utils import check_min_version, data, late_step, lora, losses, stable_diffusion
+from acpo_utils import check_min_version, data, late_step, lora, losses
 from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
 from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, is_due, release_signals
 from acpo_utils.evaluation.comparison import compare_models
 from acpo_utils.evaluation.sampling import sample_images
 from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges, part_scores
+from acpo_utils.families import stable_diffusion
+from acpo_utils.families.latents import (
+    check_sizes,
+    compile_models,
+    decoder_in,
+    encode_images,
+    latent_factor,
+    latents_shape,
+    load_tiny_vae,
+    offload_encoders,
+)
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.sharding import SHARDED, WEIGHT_DTYPES, full_weights, prepare
-from acpo_utils.training.arguments import check_numbers, check_objective, read_demo_settings
+from acpo_utils.training.arguments import read_demo_settings
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.guide_check import check_guide, decoded_examples
 from acpo_utils.training.hacking_alarm import HackingAlarm
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, start_run, use_all_cpus
+from acpo_utils.training.text_to_image import add_lora, check_text_to_image, load_data
 
 
 check_min_version("0.2.0")
@@ -45,22 +55,25 @@ logger = get_logger(__name__, log_level="INFO")
 def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_scheduler, generator, anchor_weight, args):
     """L = L_diff + anchor_weight * L_anchor + quality_weight * L_quality (eq. 9). Returns the loss and its terms."""
     loss_diffusion = loss_anchor = loss_quality = latents = noise = None
-    prompt_embeds = stable_diffusion.encode_prompts(batch, text_encoder)  # (B, tokens, dim)  c
+    conditions = stable_diffusion.encode_prompts(batch, text_encoder)  # {name: (B, ...)}  c
     if not args.train_prompts:  # a rollout without L_diff needs prompts only
-        latents = stable_diffusion.encode_images(batch, vae, generator).to(prompt_embeds.dtype)  # (B, 4, h, w)  x0
+        weight_dtype = conditions["prompt_embeds"].dtype
+        latents = encode_images(batch, vae, generator).to(weight_dtype)  # (B, 4, h, w)  x0
         noise = batch_randn(latents.shape, generator, latents.device, latents.dtype)  # (B, 4, h, w)  eps
 
     if anchor_weight or args.quality_weight or args.diffusion_timesteps == "late":
         late_latents, late_timesteps = sample_late_latents(  # (B, 4, h, w)  z_t and (B,)  t < tmax
-            latents, noise, prompt_embeds, batch["negative_prompt_embeds"], unet, vae, noise_scheduler, generator, args
+            latents, noise, conditions, batch["negative_conditions"], unet, vae, noise_scheduler, generator, args
         )
         if anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
-            base_pred = base_prediction(unet, late_latents, late_timesteps, prompt_embeds)  # (B, 4, h, w)  eps_theta
+            base_pred = base_prediction(  # (B, 4, h, w)  eps_theta
+                unet, late_latents, late_timesteps, conditions, predict=stable_diffusion.predict
+            )
         # One student pass serves L_anchor, L_quality and, with --diffusion_timesteps late, L_diff.
-        late_pred = unet(late_latents, late_timesteps, prompt_embeds, return_dict=False)[0]  # (B, 4, h, w)  eps_phi
+        late_pred = stable_diffusion.predict(unet, late_latents, late_timesteps, conditions)  # (B, 4, h, w)  eps_phi
 
     if args.quality_weight:
-        predict = partial(predict_noise, unet, prompt_embeds, batch["negative_prompt_embeds"], args)
+        predict = partial(predict_noise, unet, conditions, batch["negative_conditions"], args)
         z0 = late_step.denoise_late_steps(  # (B, 4, h, w)  z_0_hat (eq. 5)
             predict,
             noise_scheduler,
@@ -71,7 +84,7 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
             backprop_steps=args.late_backprop_steps,
         )
         if args.decode == "crop":
-            z0 = late_step.crop_latents(z0, args.decode_size // stable_diffusion.latent_factor(vae), generator)
+            z0 = late_step.crop_latents(z0, args.decode_size // latent_factor(vae), generator)
         # x_hat = D(z_0_hat) (eq. 5)
         images = late_step.decode_latents(decoder, z0, args.decode_batch_size)  # (B, 3, H, W) in [0, 1]
         scores, score_parts = guide_score(  # (B,) in (0, 1)  Q(x_hat, c)
@@ -87,7 +100,7 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
             num_train_timesteps = noise_scheduler.config.num_train_timesteps
             timesteps = batch_randint(num_train_timesteps, len(latents), generator, latents.device)  # (B,)
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # (B, 4, h, w)  z_t, any t
-            model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]  # (B, 4, h, w)
+            model_pred = stable_diffusion.predict(unet, noisy_latents, timesteps, conditions)  # (B, 4, h, w)
         loss_diffusion = losses.diffusion_loss(noise_scheduler, model_pred, latents, noise, timesteps, args.snr_gamma)
 
     loss, terms = losses.acpo_objective(  # L (eq. 9)
@@ -98,29 +111,28 @@ def training_step(batch, unet, vae, decoder, text_encoder, evaluator, noise_sche
     return loss, terms
 
 
-def predict_noise(unet, prompt_embeds, negative_prompt_embeds, args, latents, timesteps, pred=None):
+def predict_noise(unet, conditions, negative_conditions, args, latents, timesteps, pred=None):
     """eps_phi of the scored steps, given or predicted; with --scored_guidance guided, both halves with gradient."""
     if pred is None:
-        pred = unet(latents, timesteps, prompt_embeds, return_dict=False)[0]
-    if not args.scored_guidance:
+        pred = stable_diffusion.predict(unet, latents, timesteps, conditions)
+    if not args.scored_guidance or args.guidance_scale <= 1:
         return pred
-    negative_pred = unet(latents, timesteps, negative_prompt_embeds.expand_as(prompt_embeds), return_dict=False)[0]
+    without_prompt = late_step.without_prompt(conditions, negative_conditions)
+    negative_pred = stable_diffusion.predict(unet, latents, timesteps, without_prompt)
     return negative_pred + args.guidance_scale * (pred - negative_pred)
 
 
-def sample_late_latents(
-    latents, noise, prompt_embeds, negative_prompt_embeds, unet, vae, noise_scheduler, generator, args
-):
+def sample_late_latents(latents, noise, conditions, negative_conditions, unet, vae, noise_scheduler, generator, args):
     """z_t (B, 4, h, w) and its t (B,), t < tmax: a noised real latent, or the current model's own sample."""
     if args.late_start == "data":
         late_timesteps = late_step.sample_late_timesteps(len(latents), args.tmax, generator, latents.device)
         return noise_scheduler.add_noise(latents, noise, late_timesteps), late_timesteps
     return late_step.rollout_late_latents(
-        unet,
+        partial(stable_diffusion.predict, unet),
         noise_scheduler,
-        prompt_embeds,
-        negative_prompt_embeds,
-        latents_shape=stable_diffusion.latents_shape(vae, len(prompt_embeds), args.resolution),
+        conditions,
+        negative_conditions,
+        latents_shape=latents_shape(vae, len(conditions["prompt_embeds"]), args.resolution),
         tmax=args.tmax,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
@@ -197,6 +209,7 @@ def parse_args(input_args=None):
         default="full",
         help="a window, or a tiny VAE, costs less",
     )
+    add("--decode_dtype", choices=["fp32", "bf16"], default="fp32", help="of the decode that is scored in training")
     add("--decode_batch_size", type=int, help="decode so many at a time, twice, to save memory; default: all")
     add("--decode_size", type=int, help="side of the window in pixels, with --decode crop")
     add("--tiny_vae_name_or_path", help="with --decode tiny, such as madebyollin/taesd")
@@ -260,7 +273,7 @@ def parse_args(input_args=None):
         parser.set_defaults(demo=True, **read_demo_settings(DEMO_SETTINGS, given=args))
         args = parser.parse_args(input_args)
     try:
-        check_args(args)
+        check_text_to_image(args)
     except ValueError as error:
         parser.error(str(error))
     if not args.lora_path:  # a saved LoRA has them in its file
@@ -270,44 +283,8 @@ def parse_args(input_args=None):
     return args
 
 
-def check_args(args):
-    """What can be said without loading anything is said now."""
-    check_numbers(args)
-    if sum(source is not None for source in (args.dataset_name, args.train_data_dir, args.train_prompts)) != 1:
-        raise ValueError("need one of --dataset_name, --train_data_dir and --train_prompts")
-    if args.train_prompts and (args.late_start == "data" or args.diffusion_weight):
-        raise ValueError("--train_prompts has no images: it needs --late_start rollout and --diffusion_weight 0")
-    crop, tiny = args.decode == "crop", args.decode == "tiny"
-    if crop != bool(args.decode_size) or tiny != bool(args.tiny_vae_name_or_path):
-        raise ValueError("--decode crop goes with --decode_size, --decode tiny with --tiny_vae_name_or_path")
-    if args.cache_latents and (args.train_prompts or not args.center_crop):
-        raise ValueError("--cache_latents needs images and --center_crop: a random crop is another image every time")
-    check_objective(args)
-
-
-def load_data(args, accelerator):
-    """The training's images or prompts, and the held-out prompts: files that exist and can be read, all of them."""
-    if args.train_prompts:
-        dataset = data.read_prompts(args.train_prompts)
-    else:
-        dataset = data.load_captioned_images(
-            dataset_name=args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            train_data_dir=args.train_data_dir,
-            image_column=args.image_column,
-            caption_column=args.caption_column,
-            max_train_samples=args.max_train_samples,
-            cache_dir=args.cache_dir,
-            seed=args.seed,
-        )
-        with accelerator.main_process_first():
-            dataset = data.check_images(dataset, args.image_column, args.skip_bad_images)
-    eval_prompts = data.read_prompts(args.eval_prompts)[: args.num_eval_prompts] if args.eval_prompts else []
-    return dataset, eval_prompts
-
-
 def load_models(args, weight_dtype, device):
-    noise_scheduler, tokenizer, text_encoder, vae, unet = stable_diffusion.load_stable_diffusion(
+    noise_scheduler, tokenizer, text_encoder, vae, unet = stable_diffusion.load(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
@@ -316,7 +293,7 @@ def load_models(args, weight_dtype, device):
     )
     for model in (vae, unet):
         model.to(memory_format=torch.channels_last)
-    stable_diffusion.check_sizes(
+    check_sizes(
         noise_scheduler,
         vae,
         unet,
@@ -326,37 +303,16 @@ def load_models(args, weight_dtype, device):
     )
     decoder = vae
     if args.decode == "tiny":
-        decoder = stable_diffusion.load_tiny_vae(args.tiny_vae_name_or_path, vae)
+        decoder = load_tiny_vae(args.tiny_vae_name_or_path, vae)
+    if args.decode_dtype == "bf16":
+        decoder = decoder_in(torch.bfloat16, decoder)
     return noise_scheduler, tokenizer, text_encoder, vae, decoder, unet
 
 
-def add_lora(unet, args):
-    """A new adapter, or the one of --lora_path; its weights in fp32, whatever the base's precision. Returns them."""
-    given = args.lora_target_modules
-    target_modules = [name.strip() for name in given.split(",")] if given else None
-    if args.lora_path:
-        saved = lora.read_lora_config(args.lora_path)
-        lora.check_lora_options(unet, saved, rank=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules)
-        args.rank = saved["rank"]
-        args.lora_alpha = saved["alpha"]
-        target_modules = saved["target_modules"]
-    else:
-        lora.check_target_modules(unet, target_modules)
-    lora_config = LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha,
-        target_modules=target_modules,
-        init_lora_weights="gaussian",
-    )
-    unet.add_adapter(lora_config)
-    cast_training_params(unet, dtype=torch.float32)
-    if args.lora_path:
-        lora.load_lora(unet, args.lora_path)
-    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
-
-
-def build_train_set(dataset, tokenizer, num_samples, vae, text_encoder, weight_dtype, accelerator, args):
+def build_train_set(dataset, tokenizer, vae, text_encoder, weight_dtype, accelerator, args):
     """Sample n of the run is a function of (seed, n) alone, so resuming means to start counting at n."""
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    num_samples = args.max_train_steps * samples_per_step
     if args.train_prompts:
         return data.Prompts(dataset, tokenizer, num_samples, args.seed)
     if not args.cache_latents:
@@ -383,7 +339,7 @@ def build_train_set(dataset, tokenizer, num_samples, vae, text_encoder, weight_d
         caption_column=args.caption_column,
         dtype=weight_dtype,
     )
-    train_set.build(vae, text_encoder, accelerator)
+    train_set.build(vae, text_encoder, accelerator, stable_diffusion.encode_prompts)
     return train_set
 
 
@@ -397,14 +353,18 @@ def build_dataloader(train_set, first_step, accelerator, args):
     )
 
 
+def announce_demo():
+    logger.info(
+        f"This is the embedded demo (a small Stable Diffusion of emoji drawings, 64 px) with the settings of "
+        f"{DEMO_SETTINGS}. For the paper's run name a model, data and a guide: --pretrained_model_name_or_path "
+        "CompVis/stable-diffusion-v1-4 --train_data_dir visual-genome --evaluator ipce:PATH"
+    )
+
+
 def main(args):
     accelerator, run = start_run(args, sharding=SHARDED)
     if args.demo:
-        logger.info(
-            f"This is the embedded demo (a small Stable Diffusion of emoji drawings, 64 px) with the settings of "
-            f"{DEMO_SETTINGS}. For the paper's run name a model, data and a guide: --pretrained_model_name_or_path "
-            "CompVis/stable-diffusion-v1-4 --train_data_dir visual-genome --evaluator ipce:PATH"
-        )
+        announce_demo()
         if accelerator.device.type == "cpu":
             use_all_cpus()
 
@@ -419,17 +379,17 @@ def main(args):
     lora_parameters = add_lora(unet, args)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        decoder.enable_gradient_checkpointing()
+        late_step.checkpoint_decoder(decoder)
     if args.torch_compile:
-        stable_diffusion.compile_models(unet, decoder)
+        compile_models(unet, decoder)
 
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    num_samples = args.max_train_steps * samples_per_step
-    train_set = build_train_set(dataset, tokenizer, num_samples, vae, text_encoder, weight_dtype, accelerator, args)
+    train_set = build_train_set(dataset, tokenizer, vae, text_encoder, weight_dtype, accelerator, args)
     guide_inputs = None
     if args.quality_weight:
         guide_inputs = decoded_examples(train_set, vae, decoder, accelerator.device, args)
         check_guide(evaluator, *guide_inputs, args.guide_perturbation)
+    empty_prompt = data.to_device(data.token_ids(tokenizer, [""]), accelerator.device)
+    negative_conditions = stable_diffusion.encode_prompts(empty_prompt, text_encoder)
     log_estimate(
         accelerator,
         training_step,
@@ -438,6 +398,7 @@ def main(args):
         judges=judges,
         noise_scheduler=noise_scheduler,
         guide_inputs=guide_inputs,
+        conditions=negative_conditions,
         args=args,
     )
 
@@ -467,10 +428,8 @@ def main(args):
     first_step = run.resume()
 
     batches = iter(build_dataloader(train_set, first_step, accelerator, args))
-    input_ids = data.tokenize(tokenizer, [""]).to(accelerator.device)
-    no_prompt = {"negative_prompt_embeds": stable_diffusion.encode_prompts({"input_ids": input_ids}, text_encoder)}
     if args.cache_latents:
-        stable_diffusion.offload_encoders(vae, text_encoder)
+        offload_encoders(vae, text_encoder)
 
     accelerator.init_trackers("acpo-lora-sd", config=settings_of(args))
     logger.info(
@@ -488,7 +447,7 @@ def main(args):
     for step in progress:
         anchor_weight = anchor_budget.weight
         for micro_step in range(args.gradient_accumulation_steps):
-            batch = data.to_device(next(batches), accelerator.device) | no_prompt
+            batch = data.to_device(next(batches), accelerator.device) | {"negative_conditions": negative_conditions}
             generator = shared_generator(args.seed, step, micro_step, accelerator)
             with accelerator.accumulate(unet):
                 loss, terms = training_step(
@@ -556,7 +515,7 @@ def validate(accelerator, unet, vae, text_encoder, tokenizer, noise_scheduler, a
                 log_images(accelerator, "validation", sample(pipeline, prompts, "validation", args), step)
             hacked = alarm.check(accelerator, pipeline, step)
             if args.cache_latents:
-                stable_diffusion.offload_encoders(vae, text_encoder)
+                offload_encoders(vae, text_encoder)
     return broadcast_object_list([hacked])[0]
 
 

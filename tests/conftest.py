@@ -40,6 +40,14 @@ def tiny_pipeline(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl_pipeline(tmp_path_factory) -> str:
+    """A Stable Diffusion XL folder of real classes at a tiny size, with random weights."""
+    from tests.tiny_models import save_tiny_sdxl
+
+    return save_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
+@pytest.fixture(scope="session")
 def tiny_guide(tmp_path_factory) -> str:
     """An IPCE folder around a tiny open_clip model with random weights."""
     from tests.tiny_models import save_tiny_guide

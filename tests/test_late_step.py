@@ -1,9 +1,15 @@
+from copy import deepcopy
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
 
+from acpo_utils.families import stable_diffusion
+from acpo_utils.families.latents import decoder_in
 from acpo_utils.late_step import (
+    checkpoint_decoder,
     crop_latents,
     decode_latents,
     denoise_late_steps,
@@ -12,8 +18,10 @@ from acpo_utils.late_step import (
     rollout_late_latents,
     rollout_late_samples,
     sample_late_timesteps,
+    without_prompt,
 )
-from tests.tiny_models import tiny_scheduler, tiny_unet, tiny_vae
+from acpo_utils.training.step_cost import Meter
+from tests.tiny_models import tiny_scheduler, tiny_taesd, tiny_unet, tiny_vae
 
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -122,7 +130,7 @@ def test_decode_gradient_with_and_without_checkpointing_and_against_differences(
     probe = torch.randn(1, 3, 8, 8)
     gradients = []
     for checkpointing in (False, True):
-        vae.enable_gradient_checkpointing() if checkpointing else vae.disable_gradient_checkpointing()
+        checkpoint_decoder(vae, checkpointing)
         gradients.append(torch.autograd.grad((decode_latents(vae, latents) * probe).sum(), latents)[0])
     assert torch.allclose(*gradients, atol=1e-6)
     step = 5e-4 * torch.randn_like(latents)
@@ -131,11 +139,81 @@ def test_decode_gradient_with_and_without_checkpointing_and_against_differences(
     assert difference.item() == pytest.approx((gradients[0] * step).sum().item(), rel=0.02, abs=1e-5)
 
 
+def test_a_checkpointed_decoder_peaks_lower_than_by_diffusers_switch_and_is_copied_with_its_own_weights():
+    """At shapes where activations outweigh weights; counted on real tensors, as the estimate counts on fake ones."""
+    vae = tiny_vae().eval().requires_grad_(False)
+    latents = (torch.randn(1, 4, 32, 32) * 0.1).requires_grad_(True)
+    peaks = {}
+    for how in ("not at all", "by diffusers", "each block"):
+        vae.enable_gradient_checkpointing() if how == "by diffusers" else vae.disable_gradient_checkpointing()
+        checkpoint_decoder(vae, how == "each block")
+        with Meter() as meter:
+            decode_latents(vae, latents).sum().backward()
+        peaks[how] = meter.peak
+    assert peaks["each block"] < 0.85 * peaks["by diffusers"] < peaks["not at all"]
+
+    copy = deepcopy(vae)
+    with torch.no_grad():
+        before = decode_latents(vae, latents)
+        for parameter in vae.decoder.parameters():
+            parameter.zero_()
+        assert torch.equal(decode_latents(copy, latents), before)
+    checkpoint_decoder(vae, False)
+    assert not any("forward" in vars(module) for module in vae.modules())
+
+
+def test_a_tiny_decoders_blocks_are_checkpointed_too():
+    vae = tiny_taesd(num_decoder_blocks=(3, 1)).eval().requires_grad_(False)
+    latents = torch.randn(1, 4, 16, 16, requires_grad=True)
+    gradients, peaks = [], []
+    for checkpointing in (False, True):
+        checkpoint_decoder(vae, checkpointing)
+        with Meter() as meter:
+            gradients.append(torch.autograd.grad(decode_latents(vae, latents).square().sum(), latents)[0])
+        peaks.append(meter.peak)
+    assert torch.equal(*gradients) and peaks[1] < peaks[0]
+
+
+def test_a_decode_in_bf16_is_the_decode_but_for_rounding_and_leaves_the_vae():
+    vae = tiny_vae().eval().requires_grad_(False)
+    decoder = decoder_in(torch.bfloat16, vae)
+    latents = (torch.randn(2, 4, 8, 8) * 0.1).requires_grad_(True)
+    images, gradients = [], []
+    for model in (vae, decoder):
+        images.append(decode_latents(model, latents))
+        gradients.append(torch.autograd.grad(images[-1].square().sum(), latents)[0])
+    assert {image.dtype for image in images} == {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert 0 < (images[0] - images[1]).abs().max() < 0.02
+    assert torch.nn.functional.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0) > 0.99
+    assert decoder.encoder is None and decoder.dtype == torch.bfloat16
+    assert vae.encoder is not None and {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
+
+
+def test_rollout_without_guidance_asks_for_the_prompt_alone():
+    """As diffusers' pipelines do at a guidance scale up to 1; and negative conditions leave others as they are."""
+    seen = []
+
+    def predict(latents, timestep, conditions):
+        seen.append(conditions["prompt_embeds"])
+        return 0.1 * latents
+
+    embeds = {"prompt_embeds": torch.randn(2, 3, 4), "size": torch.randn(2, 6)}
+    negative = {"prompt_embeds": torch.zeros(1, 3, 4)}
+    both = without_prompt(embeds, negative)
+    assert torch.equal(both["size"], embeds["size"]) and both["prompt_embeds"].shape == (2, 3, 4)
+    for scale, rows in ((0.0, 2), (1.0, 2), (1.5, 4)):
+        seen.clear()
+        rollout_late_latents(predict, tiny_scheduler(), embeds, negative, (2, 4, 4, 4), 300, 5, scale)
+        assert {len(each) for each in seen} == {rows}
+        assert torch.equal(seen[0][-2:], embeds["prompt_embeds"])
+
+
 def test_rollout_ends_inside_the_window():
     unet, scheduler = tiny_unet().eval(), tiny_scheduler()
-    embeds, negative = torch.randn(2, 16, 32), torch.randn(1, 16, 32)
+    embeds, negative = {"prompt_embeds": torch.randn(2, 16, 32)}, {"prompt_embeds": torch.randn(1, 16, 32)}
+    predict = partial(stable_diffusion.predict, unet)
     latents, timesteps = rollout_late_latents(
-        unet,
+        predict,
         scheduler,
         embeds,
         negative,
@@ -147,7 +225,7 @@ def test_rollout_ends_inside_the_window():
     assert latents.shape == (2, 4, 8, 8) and not latents.requires_grad
     assert timesteps.tolist() == [201, 201]  # leading spacing with offset 1: 901, ..., 301, 201
     with pytest.raises(ValueError, match="none below tmax 1"):
-        rollout_late_latents(unet, scheduler, embeds, negative, (2, 4, 8, 8), 1, num_inference_steps=10)
+        rollout_late_latents(predict, scheduler, embeds, negative, (2, 4, 8, 8), 1, num_inference_steps=10)
 
 
 def test_rollout_without_guidance_is_the_ddim_pipelines_own_sampling():

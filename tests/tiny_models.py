@@ -10,14 +10,22 @@ from diffusers import (
     DDIMPipeline,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from acpo_utils.evaluators import IPCE
@@ -105,6 +113,70 @@ def save_tiny_pipeline(folder: Path) -> str:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+# --- Stable Diffusion XL
+
+
+def tiny_sdxl_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
+    """Told of `tiny_sdxl`'s two text encoders, 32 and 24 wide, the second's pooled output of 20 and six time_ids."""
+    config = {
+        "cross_attention_dim": 56,
+        "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 20 + 6 * 8,
+    }
+    return tiny_unet(seed, **(config | overrides))
+
+
+def tiny_sdxl(**overrides) -> StableDiffusionXLPipeline:
+    """Its second tokenizer pads with another token than the first, its scheduler says nothing of clip_sample."""
+    tokenizers = [tiny_tokenizer(), tiny_tokenizer()]
+    tokenizers[1].pad_token = "!"
+    torch.manual_seed(7)
+    config = {
+        "vocab_size": len(tokenizers[0]),
+        "intermediate_size": 37,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizers[0].bos_token_id,
+        "eos_token_id": tokenizers[0].eos_token_id,
+        "projection_dim": 20,
+    }
+    text_encoder = CLIPTextModel(CLIPTextConfig(**config, hidden_size=32, num_attention_heads=4))
+    text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**config, hidden_size=24, num_attention_heads=3))
+    for model in (text_encoder, text_encoder_2):
+        for _, parameter in sorted(model.named_parameters()):
+            torch.nn.init.normal_(parameter, std=0.2)  # so that captions differ, and the same for every transformers
+    vae = tiny_vae()
+    vae.register_to_config(scaling_factor=0.13025, force_upcast=True)
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    parts = {
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+        "tokenizer": tokenizers[0],
+        "tokenizer_2": tokenizers[1],
+        "unet": tiny_sdxl_unet(),
+        "scheduler": scheduler,
+        "add_watermarker": False,
+    }
+    return StableDiffusionXLPipeline(**(parts | overrides))
+
+
+def save_tiny_sdxl(folder: Path, **overrides) -> str:
+    """A Stable Diffusion XL folder."""
+    tiny_sdxl(**overrides).save_pretrained(folder)
     return str(folder)
 
 

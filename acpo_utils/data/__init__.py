@@ -5,6 +5,7 @@ from acpo_utils.data.captioned import (
     collate,
     load_captioned_images,
     to_device,
+    token_ids,
     tokenize,
 )
 from acpo_utils.data.latent_cache import CachedLatents
@@ -36,5 +37,6 @@ __all__ = [
     "to_device",
     "to_rgb",
     "to_tensor",
+    "token_ids",
     "tokenize",
 ]

@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,7 @@ import torch
 
 from acpo_utils.data.image_folder import row_of
 from acpo_utils.data.local_data import open_local, reason
-from acpo_utils.data.pictures import fit_image, read_image
+from acpo_utils.data.pictures import fit_and_locate, read_image
 from acpo_utils.randomness import EpochOrder
 
 
@@ -120,7 +121,11 @@ class CaptionedImages(torch.utils.data.Dataset):
     Item n belongs to epoch n // size, which has its own permutation drawn from (seed, epoch); crop, flip and choice
     of caption are drawn from (seed, n). So the data position of a run is one number: to resume after k items, go on
     with item k. Items are {"pixel_values": (3, R, R) float32 in [-1, 1], "input_ids": (L,) int64 if there is a
-    tokenizer, "prompt": str}.
+    tokenizer (of a list of them `token_ids`), "prompt": str}, and what `describe_crop` says.
+
+    Args:
+        describe_crop: (original size, top left of the crop, (R, R)) -> {name: tensor}, heights before widths, what a model
+            is told of each picture, as SDXL is (`acpo_utils.families.sdxl.time_ids`).
     """
 
     def __init__(
@@ -134,9 +139,11 @@ class CaptionedImages(torch.utils.data.Dataset):
         random_flip: bool = False,
         image_column: str = "image",
         caption_column: str = "text",
+        describe_crop: Callable[..., dict[str, torch.Tensor]] | None = None,
     ):
         self.dataset = dataset
         self.tokenizer = tokenizer
+        self.describe_crop = describe_crop
         self.resolution = resolution
         self.num_samples = num_samples
         self.seed = seed
@@ -150,13 +157,14 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def _warn_about_long_captions(self) -> None:
         # Here and not in __getitem__, so that it is said once and before training, however many workers there are.
-        limit = self.tokenizer.model_max_length
+        tokenizer = as_list(self.tokenizer)[0]  # a family's others cut off at the same length
+        limit = tokenizer.model_max_length
         captions = []
         for caption in self.dataset[self.caption_column][:]:
             captions += [caption] if isinstance(caption, str) else caption
         # A token is at least one byte: most captions need no look.
         suspects = [caption for caption in captions if len(caption.encode()) > limit - 2]
-        lengths = [len(self.tokenizer(caption, truncation=False, verbose=False).input_ids) for caption in suspects]
+        lengths = [len(tokenizer(caption, truncation=False, verbose=False).input_ids) for caption in suspects]
         long = [caption for caption, length in zip(suspects, lengths) if length > limit]
         if long:
             logger.warning(
@@ -173,14 +181,28 @@ class CaptionedImages(torch.utils.data.Dataset):
         row = self.dataset[self._row(n)]
         rng = np.random.default_rng((self.seed, 1, n))
         image = read_image(row[self.image_column])
-        pixel_values = fit_image(image, self.resolution, self.center_crop, self.random_flip, rng)  # (3, R, R)
+        pixel_values, top_left = fit_and_locate(  # (3, R, R)
+            image, self.resolution, self.center_crop, self.random_flip, rng
+        )
         caption = row[self.caption_column]
         if not isinstance(caption, str):
             caption = caption[int(rng.integers(len(caption)))]
         item = {"pixel_values": pixel_values, "prompt": caption}
         if self.tokenizer is not None:
-            item["input_ids"] = tokenize(self.tokenizer, [caption])[0]  # (L,)
+            item |= {name: ids[0] for name, ids in token_ids(self.tokenizer, [caption]).items()}  # (L,)
+        if self.describe_crop is not None:
+            item |= self.describe_crop((image.height, image.width), top_left, (self.resolution, self.resolution))
         return item
+
+
+def as_list(tokenizer) -> list:
+    return tokenizer if isinstance(tokenizer, list) else [tokenizer]
+
+
+def token_ids(tokenizer, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """{"input_ids": (B, L)} of one tokenizer; of a list of them "input_ids_2" and so on as well."""
+    names = ("input_ids", "input_ids_2", "input_ids_3")
+    return {name: tokenize(one, prompts) for name, one in zip(names, as_list(tokenizer))}
 
 
 def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
@@ -190,7 +212,7 @@ def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
 
 
 def collate(items: list[dict]) -> dict:
-    """{"pixel_values": (B, 3, R, R), "input_ids": (B, L) if the items have them, "prompts": list of B strings}."""
+    """{"pixel_values": (B, 3, R, R), "prompts": list of B strings}, and what else the items have, stacked."""
     batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "prompt"}
     return {**batch, "prompts": [item["prompt"] for item in items]}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -11,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from acpo_utils.data.captioned import tokenize
-from acpo_utils.data.pictures import fit_image, read_image
+from acpo_utils.data.captioned import token_ids
+from acpo_utils.data.pictures import fit_and_locate, read_image, scaled_size
 from acpo_utils.files import atomic_write
 from acpo_utils.randomness import EpochOrder
 
@@ -24,12 +25,13 @@ class CachedLatents(torch.utils.data.Dataset):
     """`CaptionedImages` of the same arguments, but with what the encoders made of each item: the same rows in the same
     order, the same flips and captions. Crops are central: a random one would be another image every time.
 
-    Items are {"latent_moments": (2C, h, w), mean and log variance of the VAE's posterior, "prompt_embeds":
-    (tokens, dim), "prompt": str}, both in `dtype`. `build` has to be called before the first one is read.
+    Items are {"latent_moments": (2C, h, w), mean and log variance of the VAE's posterior, "prompt": str}, what
+    `encode_prompts` says of the caption, such as "prompt_embeds" (tokens, dim), both in `dtype`, and what `describe_crop`
+    says, as it is. `build` has to be called before the first one is read.
 
     Args:
-        dataset, tokenizer, resolution, num_samples, seed, random_flip, image_column, caption_column: as there.
-        folder: where the files are, or will be. dtype: of what is kept.
+        dataset, tokenizer, resolution, num_samples, seed, random_flip, image_column, caption_column, describe_crop: as
+            there. folder: where the files are, or will be. dtype: of what is kept.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class CachedLatents(torch.utils.data.Dataset):
         image_column: str = "image",
         caption_column: str = "text",
         dtype: torch.dtype = torch.float32,
+        describe_crop: Callable[..., dict[str, torch.Tensor]] | None = None,
     ):
         self.dataset, self.tokenizer, self.folder = dataset, tokenizer, Path(folder)
         self.resolution, self.num_samples, self.seed, self.dtype = resolution, num_samples, seed, dtype
@@ -51,9 +54,13 @@ class CachedLatents(torch.utils.data.Dataset):
         self._texts = dataset.select_columns(caption_column)  # without the images' bytes
         self._row = EpochOrder(len(dataset), seed)
         self._open_files = {}
+        self.describe_crop = describe_crop
 
-    def build(self, vae, text_encoder, accelerator) -> None:
+    def build(self, vae, text_encoder, accelerator, encode_prompts: Callable[..., dict[str, torch.Tensor]]) -> None:
         """Computes what is not there yet, each process its share of the files, and then waits for the others.
+
+        Args:
+            encode_prompts: (what `token_ids` gives, text_encoder) -> {name: (B, ...)}, a family's own.
 
         Raises ValueError if the folder holds a cache of other models, data or settings.
         """
@@ -77,27 +84,34 @@ class CachedLatents(torch.utils.data.Dataset):
             rows = range(number * ROWS_PER_FILE, min((number + 1) * ROWS_PER_FILE, len(self.dataset)))
             tensors = {}
             for row in rows:
-                tensors |= self._encode(row, vae, text_encoder)
+                tensors |= self._encode(row, vae, text_encoder, encode_prompts)
             with atomic_write(self._file(number)) as temporary:
                 save_file(tensors, temporary)
         accelerator.wait_for_everyone()
 
     @torch.no_grad()
-    def _encode(self, row: int, vae, text_encoder) -> dict[str, torch.Tensor]:
+    def _encode(self, row: int, vae, text_encoder, encode_prompts) -> dict[str, torch.Tensor]:
         cells = self.dataset[row]
         image = read_image(cells[self.image_column])
-        pixel_values = fit_image(image, self.resolution, True, False, None)  # (3, R, R)
+        pixel_values, (top, left) = fit_and_locate(image, self.resolution, True, False, None)  # (3, R, R)
         flips = [pixel_values, pixel_values.flip(-1)] if self.random_flip else [pixel_values]
         # Image by image: what is kept does not depend on how many processes computed it.
         moments = [vae.encode(flip[None].to(vae.device)).latent_dist.parameters[0] for flip in flips]
         captions = cells[self.caption_column]
         captions = [captions] if isinstance(captions, str) else captions
-        input_ids = tokenize(self.tokenizer, captions).to(text_encoder.device)
-        embeds = [text_encoder(ids[None], return_dict=False)[0][0] for ids in input_ids]
-        return {
-            f"moments {row}": torch.stack(moments).to("cpu", self.dtype).contiguous(),  # (1 or 2, 2C, h, w)
-            f"prompt_embeds {row}": torch.stack(embeds).to("cpu", self.dtype).contiguous(),  # (captions, tokens, dim)
-        }
+        ids = [token_ids(self.tokenizer, [caption]) for caption in captions]  # caption by caption, for the same reason
+        conditions = [encode_prompts({name: i.to(vae.device) for name, i in one.items()}, text_encoder) for one in ids]
+        kept = {"moments": torch.stack(moments).to("cpu", self.dtype)}  # (1 or 2, 2C, h, w)
+        for name in conditions[0]:  # (captions, ...), such as prompt_embeds (captions, tokens, dim)
+            kept[name] = torch.cat([condition[name] for condition in conditions]).to("cpu", self.dtype)
+        if self.describe_crop is not None:
+            flipped_left = scaled_size(image.size, self.resolution)[0] - self.resolution - left
+            crops = [(top, left), (top, flipped_left)][: len(flips)]
+            size, target = (image.height, image.width), (self.resolution, self.resolution)
+            described = [self.describe_crop(size, crop, target) for crop in crops]
+            for name in described[0]:  # (1 or 2, ...)
+                kept[f"crop {name}"] = torch.stack([each[name] for each in described])
+        return {f"{name} {row}": tensor.contiguous() for name, tensor in kept.items()}
 
     def __len__(self) -> int:
         return self.num_samples
@@ -108,17 +122,23 @@ class CachedLatents(torch.utils.data.Dataset):
         row, rng = self._row(n), np.random.default_rng((self.seed, 1, n))
         number = row // ROWS_PER_FILE
         if number not in self._open_files:  # not before: a worker of the data loader opens its own
-            self._open_files[number] = safe_open(self._file(number), framework="pt")
-        file = self._open_files[number]
+            file = safe_open(self._file(number), framework="pt")
+            self._open_files[number] = file, sorted({key.rpartition(" ")[0] for key in file.keys()})
+        file, names = self._open_files[number]
         flip = int(self.random_flip and rng.random() < 0.5)
         captions = self._texts[row][self.caption_column]
         several = not isinstance(captions, str)
         chosen = int(rng.integers(len(captions))) if several else 0
-        return {
-            "latent_moments": file.get_slice(f"moments {row}")[flip],
-            "prompt_embeds": file.get_slice(f"prompt_embeds {row}")[chosen],
-            "prompt": captions[chosen] if several else captions,
-        }
+        item = {"prompt": captions[chosen] if several else captions}
+        for name in names:
+            kept = file.get_slice(f"{name} {row}")
+            if name == "moments":
+                item["latent_moments"] = kept[flip]
+            elif name.startswith("crop "):
+                item[name.removeprefix("crop ")] = kept[flip]
+            else:
+                item[name] = kept[chosen]
+        return item
 
     def _file(self, number: int) -> Path:
         return self.folder / f"latents-{number:05d}.safetensors"

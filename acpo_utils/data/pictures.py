@@ -80,8 +80,21 @@ def fit_image(
     image: Image.Image, resolution: int, center_crop: bool, random_flip: bool, rng: np.random.Generator
 ) -> torch.Tensor:
     """An RGB image as (3, R, R) float32 in [-1, 1]: its shorter side scaled to R, cropped, perhaps mirrored."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    return fit_and_locate(image, resolution, center_crop, random_flip, rng)[0]
+
+
+def scaled_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(width, height) of an image of `size` = (width, height) whose shorter side is scaled to `resolution`."""
+    scale = resolution / min(size)
+    width, height = (max(resolution, round(side * scale)) for side in size)
+    return width, height
+
+
+def fit_and_locate(
+    image: Image.Image, resolution: int, center_crop: bool, random_flip: bool, rng: np.random.Generator
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """`fit_image`, and (top, left) of its crop in the scaled image, of a mirrored one in the mirrored image."""
+    width, height = scaled_size(image.size, resolution)
     left, top = (width - resolution) // 2, (height - resolution) // 2
     if not center_crop:
         left, top = int(rng.integers(width - resolution + 1)), int(rng.integers(height - resolution + 1))
@@ -98,8 +111,8 @@ def fit_image(
         image = image.crop(box)
     pixels = np.asarray(image)  # (R, R, 3) uint8
     if random_flip and rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+        pixels, left = pixels[:, ::-1], width - resolution - left
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1), (top, left)
 
 
 def check_images(dataset: datasets.Dataset, image_column: str, skip_bad_images: bool = False) -> datasets.Dataset:

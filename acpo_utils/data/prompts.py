@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from pyarrow import parquet
 
-from acpo_utils.data.captioned import tokenize
+from acpo_utils.data.captioned import token_ids
 from acpo_utils.data.text_files import read_json_lines, read_separated, read_text
 from acpo_utils.files import is_utf8, one_line, parquet_errors
 from acpo_utils.randomness import EpochOrder
@@ -16,8 +16,8 @@ from acpo_utils.randomness import EpochOrder
 class Prompts(torch.utils.data.Dataset):
     """An endless, reproducible stream of prompts, cut at `num_samples`: item n depends on (seed, n) alone.
 
-    Each epoch has its own order, drawn from (seed, epoch). Items are {"prompt": str, "input_ids": (L,) int64}, and
-    `acpo_utils.data.captioned.collate` batches them.
+    Each epoch has its own order, drawn from (seed, epoch). Items are {"prompt": str, "input_ids": (L,) int64}, of several
+    tokenizers as in `token_ids`, and `acpo_utils.data.captioned.collate` batches them.
     """
 
     def __init__(self, prompts: list[str], tokenizer, num_samples: int, seed: int = 0):
@@ -31,7 +31,7 @@ class Prompts(torch.utils.data.Dataset):
         if not 0 <= n < self.num_samples:
             raise IndexError(f"item {n} of {self.num_samples}")
         prompt = self.prompts[self._row(n)]
-        return {"prompt": prompt, "input_ids": tokenize(self.tokenizer, [prompt])[0]}
+        return {"prompt": prompt} | {name: ids[0] for name, ids in token_ids(self.tokenizer, [prompt]).items()}
 
 
 def read_prompts(path: str | Path, columns: Sequence[str] = ("prompt", "text")) -> list[str]:

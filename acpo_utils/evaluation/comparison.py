@@ -1,6 +1,7 @@
 """The end of a training: base against fine-tuned Stable Diffusion on held-out prompts, in a table and a picture."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from acpo_utils.evaluation.panel import NO_REAL, PANEL, measure_panel, panel_rep
 from acpo_utils.evaluation.real_images import read_prompt_images
 from acpo_utils.evaluation.sampling import sample_images, score_images
 from acpo_utils.evaluation.table import comparison_table, finite_numbers
+from acpo_utils.families import stable_diffusion
+from acpo_utils.families.loading import denoiser
 from acpo_utils.files import atomic_write
 from acpo_utils.statistics import paired_comparison
 
@@ -31,17 +34,20 @@ def compare_models(
     device: str | torch.device,
     events: dict,
     prompt_file: str | Path | None = None,
+    predictor: Callable[..., Callable] = stable_diffusion.predictor,
+    resolution: int | None = None,
 ) -> tuple[str, list[str]]:
     """Samples with the LoRA off and on from the same noise, and compares: comparison.png, metrics.json, a printed table.
 
     Args:
-        pipeline: a Stable Diffusion pipeline whose U-Net has a LoRA, which is switched on before and after.
+        pipeline: a text-to-image pipeline whose U-Net has a LoRA, which is switched on before and after.
         prompts: n strings; of an empty list nothing is sampled and nothing is written.
         scorers: evaluators by name, each a row of the table; None is left out. The first one's scores stand under the
             pictures, so it should be the guide.
         device: where the evaluators are. events: what else of the run belongs into metrics.json, by name.
         prompt_file: from which the prompts were read, row by row. If it has their real images too (`read_prompt_images`), the
             panel's rows follow (`measure_panel`), and the real image is the third one in the picture.
+        predictor: the family's, as in `prediction_drift`. resolution: as in `sample_images`.
     Returns:
         The table as markdown, with the drift below it (`prediction_drift`), and the names of the pictures in `output_dir`.
     Raises ValueError as `paired_comparison` does.
@@ -56,8 +62,9 @@ def compare_models(
         batch_size=batch_size,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        resolution=resolution,
     )
-    with without_adapter(pipeline.unet):
+    with without_adapter(denoiser(pipeline)):
         base_images = sample(description="sampling the base model")  # (n, 3, H, W) in [0, 1]
     images = sample(description="sampling the fine-tuned model")  # (n, 3, H, W) in [0, 1]
 
@@ -69,7 +76,7 @@ def compare_models(
         scores = score_images(scorer, images, prompts, device)  # (n,)
         comparisons[name] = paired_comparison(base_scores, scores)
         guide_scores = guide_scores or (base_scores, scores)
-    drift = prediction_drift(pipeline, base_images, prompts, seed, batch_size)  # (n,)
+    drift = prediction_drift(pipeline, base_images, prompts, seed, batch_size, predictor)  # (n,)
     drift_std = drift.std().item() if len(drift) > 1 else 0.0
 
     guides = [scorer for name, scorer in scorers.items() if name.split()[0] == "guide" and scorer is not None]

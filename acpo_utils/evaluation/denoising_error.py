@@ -5,6 +5,7 @@ Two models are asked the same at the same noise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from tqdm.auto import tqdm
 
 from acpo_utils.anchor import base_prediction
 from acpo_utils.evaluation.set_metrics import read_images
+from acpo_utils.families import stable_diffusion
+from acpo_utils.families.latents import scale_latents
+from acpo_utils.families.loading import denoiser
 from acpo_utils.losses import diffusion_target
 from acpo_utils.randomness import step_generator
-from acpo_utils.stable_diffusion import scale_latents
 
 
 MSE_TIMESTEPS = 10
@@ -80,10 +83,7 @@ def unet_denoising_error(
         (N,) errors, in fp32 on the CPU; lower is better.
     """
     device = next(unet.parameters()).device
-
-    def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return unet(noisy, timesteps, return_dict=False)[0]
-
+    predict = partial(_predict_unconditionally, unet)
     errors = []
     for start in range(0, len(images), batch_size):
         x0 = images[start : start + batch_size].to(device) * 2 - 1  # (B, 3, H, W) in [-1, 1]
@@ -92,15 +92,25 @@ def unet_denoising_error(
     return torch.cat(errors).cpu()
 
 
+def _predict_unconditionally(unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    return unet(noisy, timesteps, return_dict=False)[0]
+
+
 @torch.no_grad()
 def pipeline_denoising_error(
-    pipeline, files: Sequence[Path], prompts: Sequence[str] | None, seed: int = 0, batch_size: int = 8
+    pipeline,
+    files: Sequence[Path],
+    prompts: Sequence[str] | None,
+    seed: int = 0,
+    batch_size: int = 8,
+    predictor: Callable[..., Callable] = stable_diffusion.predictor,
 ) -> torch.Tensor:
     """MSE of the paper's table 1 of a whole pipeline on files, by `batch_denoising_error`.
 
     Args:
-        pipeline: a Stable Diffusion pipeline, or an unconditional one (`prompts` None, no VAE).
+        pipeline: a text-to-image pipeline, or an unconditional one (`prompts` None, no VAE).
         files: N images of R x R pixels, R the model's own resolution. prompts: N strings.
+        predictor: as in `prediction_drift`.
     Returns:
         (N,) errors, in fp32 on the CPU; lower is better.
     """
@@ -110,17 +120,14 @@ def pipeline_denoising_error(
     for images in read_images(files, batch_size):
         rows = range(rows.stop, rows.stop + len(images))
         pixels = (images.to(device).float() / 127.5 - 1).to(unet.dtype)  # (B, 3, R, R) in [-1, 1]
-        prompt_embeds = None
+        predict = partial(_predict_unconditionally, unet)
         if prompts is not None:
             texts = list(prompts[rows.start : rows.stop])
-            prompt_embeds = pipeline.encode_prompt(texts, device, 1, False)[0]  # (B, tokens, dim)  c
+            predict = partial(predictor(pipeline, texts, images.shape[-2:]), unet)
             mean_std = pipeline.vae.encode(pixels.to(pipeline.vae.dtype)).latent_dist
             sampled = mean_std.mean + mean_std.std * fixed_noise(mean_std.mean, seed, rows, MSE_TIMESTEPS)
             pixels = scale_latents(sampled, pipeline.vae).to(unet.dtype)  # (B, 4, h, w)  x0
         pixels = pixels[:, : unet.config.in_channels]  # of a model of grey images
-
-        def predict(noisy, timesteps, prompt_embeds=prompt_embeds):  # an unconditional U-Net has None in their place
-            return unet(noisy, timesteps, prompt_embeds, return_dict=False)[0]
 
         errors.append(batch_denoising_error(predict, scheduler, pixels, rows, seed).cpu())
     return torch.cat(errors)
@@ -128,29 +135,34 @@ def pipeline_denoising_error(
 
 @torch.no_grad()
 def prediction_drift(
-    pipeline, images: torch.Tensor, prompts: Sequence[str], seed: int = 0, batch_size: int = 16
+    pipeline,
+    images: torch.Tensor,
+    prompts: Sequence[str],
+    seed: int = 0,
+    batch_size: int = 16,
+    predictor: Callable[..., Callable] = stable_diffusion.predictor,
 ) -> torch.Tensor:
     """L_anchor (eq. 7) on noised images, a mean over `MSE_TIMESTEPS` timesteps spread evenly over the whole range.
 
     Args:
-        pipeline: a Stable Diffusion pipeline whose U-Net has a LoRA, switched on.
+        pipeline: a text-to-image pipeline whose U-Net has a LoRA, switched on.
         images: (N, 3, H, W) in [0, 1], of the size that the pipeline draws; natural are the base model's own samples.
-        prompts: N strings.
+        prompts: N strings. predictor: the family's, (pipeline, prompts, (H, W)) -> (model, latents, timesteps) -> prediction.
     Returns:
         (N,) fp32 on the CPU, in squared units of the prediction, whose variance is about 1; 0 without a change.
     """
-    unet, vae, device = pipeline.unet, pipeline.vae, pipeline.unet.device
+    unet, vae, device = denoiser(pipeline), pipeline.vae, denoiser(pipeline).device
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # whatever it is sampled with
     drift = []
     for start in tqdm(range(0, len(images), batch_size), desc="measuring the drift"):
         rows = range(start, min(start + batch_size, len(images)))
-        prompt_embeds = pipeline.encode_prompt([prompts[row] for row in rows], device, 1, False)[0]  # (B, tokens, dim)
+        predict = predictor(pipeline, [prompts[row] for row in rows], images.shape[-2:])
         pixels = (images[start : rows.stop] * 2 - 1).to(device, vae.dtype)  # (B, 3, H, W) in [-1, 1]
         latents = scale_latents(vae.encode(pixels).latent_dist.mode(), vae).to(unet.dtype)  # (B, 4, h, w)
         total = torch.zeros(len(rows), device=device)
         for noisy_latents, _, timesteps in noised(noise_scheduler, latents, rows, seed):
-            base_pred = base_prediction(unet, noisy_latents, timesteps, prompt_embeds)  # eps_theta
-            model_pred = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]  # eps_phi
+            base_pred = base_prediction(unet, noisy_latents, timesteps, predict=predict)  # eps_theta
+            model_pred = predict(unet, noisy_latents, timesteps)  # eps_phi
             total += squared_distance(model_pred, base_pred)  # of eq. 7, for each image by itself
         drift.append((total / MSE_TIMESTEPS).cpu())
     return torch.cat(drift)

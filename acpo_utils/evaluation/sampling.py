@@ -22,8 +22,12 @@ def sample_images(
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     description: str = "sampling",
+    resolution: int | None = None,
 ) -> torch.Tensor:
-    """(N, 3, H, W) fp32 images in [0, 1] on the CPU. Prompt i starts from noise (seed, i), whatever the batch size."""
+    """(N, 3, H, W) fp32 images in [0, 1] on the CPU. Prompt i starts from noise (seed, i), whatever the batch size.
+
+    H = W = `resolution`; None: the size that is the pipeline's own.
+    """
     images = []
     pipeline.set_progress_bar_config(disable=True)
     with tqdm(total=len(prompts), desc=description) as progress:
@@ -33,6 +37,8 @@ def sample_images(
                 chunk,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                height=resolution,
+                width=resolution,
                 generator=[step_generator(seed, start + i) for i in range(len(chunk))],
                 output_type="pt",
             )

@@ -8,9 +8,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from acpo_utils.data import collate, to_device
 from acpo_utils.evaluators import check_evaluator
 from acpo_utils.evaluators.worst_point import worst_point
+from acpo_utils.families.latents import encode_images, latents_shape
 from acpo_utils.late_step import decode_latents
 from acpo_utils.randomness import step_generator
-from acpo_utils.stable_diffusion import encode_images, latents_shape
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def check_guide(evaluator, images: torch.Tensor, prompts: list[str] | None, pert
 @torch.no_grad()
 def decoded_examples(train_set, vae, decoder, device, args) -> tuple[torch.Tensor, list[str]]:
     """Two images (2, 3, H, W) in [0, 1] of `train_set` through the VAE, or of noise if it holds prompts alone, and their
-    prompts. `args`: the Stable Diffusion script's."""
+    prompts. `args`: the Stable Diffusion scripts'."""
     batch = collate([train_set[n] for n in range(min(2, len(train_set)))])
     batch = to_device(batch, device)
     generator = step_generator(args.seed)

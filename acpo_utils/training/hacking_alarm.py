@@ -8,6 +8,7 @@ import torch
 
 from acpo_utils.evaluation.grids import comparison_picture
 from acpo_utils.evaluation.sampling import score_images
+from acpo_utils.families.loading import denoiser
 from acpo_utils.lora import load_lora, save_lora
 from acpo_utils.statistics import paired_comparison
 
@@ -72,9 +73,9 @@ class HackingAlarm:
         if not self.enabled:
             return False
         if self.base is None:
-            pipeline.unet.disable_adapters()
+            denoiser(pipeline).disable_adapters()
             self.base = self._images_and_scores(pipeline)
-            pipeline.unet.enable_adapters()
+            denoiser(pipeline).enable_adapters()
         base_images, base_scores = self.base
         images, scores = self._images_and_scores(pipeline)
         comparison_picture(
@@ -100,16 +101,19 @@ class HackingAlarm:
         elif self.keep_best and self.judges:
             score = scores[next(iter(self.judges))].mean().item()
             if self.best_score is None or score > self.best_score:
-                save_lora(pipeline.unet, self.output_dir / "best")
+                save_lora(denoiser(pipeline), self.output_dir / "best", type(pipeline))
                 self.best_step, self.best_score = step, score
         return bool(alarmed)
 
-    def restore_best(self, unet: torch.nn.Module) -> None:
-        """If the alarm rang, puts the LoRA of the best check before it into `unet`; without one it stays as it is."""
+    def restore_best(self, model: torch.nn.Module, pipeline_class: type | None = None) -> None:
+        """If the alarm rang, puts the LoRA of the best check before it into `model`; without one it stays as it is.
+
+        `pipeline_class`: as in `acpo_utils.lora.save_lora`.
+        """
         if not (self.keep_best and self.alarms):
             return
         if self.best_step:
-            load_lora(unet, self.output_dir / "best")
+            load_lora(model, self.output_dir / "best", pipeline_class=pipeline_class)
             logger.warning(f"The LoRA is that of step {self.best_step}, the best by the judge before the alarm.")
         else:
             logger.warning("No check came before the alarm: the LoRA stays as it is. Lower --validation_steps.")

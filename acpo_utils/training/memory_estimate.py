@@ -10,21 +10,34 @@ from types import SimpleNamespace
 
 import psutil
 import torch
+from diffusers import AutoencoderTiny
 
+from acpo_utils.families.latents import latent_factor
 from acpo_utils.sharding import WEIGHT_DTYPES
-from acpo_utils.stable_diffusion import latent_factor
 from acpo_utils.training.step_cost import StepCost, taesd
 
 
 logger = logging.getLogger(__name__)
 
 
-def log_estimate(accelerator, training_step, models, evaluator, judges, noise_scheduler, guide_inputs, args) -> None:
+def log_estimate(
+    accelerator,
+    training_step,
+    models,
+    evaluator,
+    judges,
+    noise_scheduler,
+    guide_inputs,
+    conditions,
+    args,
+    tiny_vae: str = "madebyollin/taesd",
+) -> None:
     """Logs, on the main process, the memory of the training that is about to start. It never ends a run.
 
     Args:
         models: (unet with its LoRA, vae, decoder, text_encoder). evaluator: the guide or None. judges: by name.
         guide_inputs: (images (B, 3, H, W) in [0, 1] as the decoder gives them, B prompts); None without L_quality.
+        conditions: as in `StepCost`. tiny_vae: what to suggest for the family's latents.
     """
     if not accelerator.is_main_process:
         return
@@ -33,14 +46,19 @@ def log_estimate(accelerator, training_step, models, evaluator, judges, noise_sc
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             step_cost = StepCost(
-                training_step, models, guide_inputs and (evaluator, *guide_inputs), noise_scheduler, device
+                training_step,
+                models,
+                guide_inputs and (evaluator, *guide_inputs),
+                noise_scheduler,
+                conditions,
+                device,
             )
             scorers = {"guide": [evaluator], "judges": list(judges.values())}
             memory = memory_parts(step_cost, scorers, args)
             available = available_memory(device, memory)
             logger.info(memory_table(memory, available, args))
             if sum(memory.values()) > available:
-                logger.warning(advice(step_cost, scorers, available, args))
+                logger.warning(advice(step_cost, scorers, available, args, tiny_vae))
             if args.balance_steps and args.gradient_checkpointing:
                 whole = SimpleNamespace(**vars(args) | {"gradient_checkpointing": False})
                 more = sum(memory_parts(step_cost, scorers, whole).values()) - sum(memory.values())
@@ -63,8 +81,11 @@ def memory_parts(step_cost: StepCost, scorers: dict[str, list], args: SimpleName
         "weights: text encoder": 0 if offloaded else width * sum(p.numel() for p in text_encoder.parameters()),
     }
     if args.decode == "tiny":
-        tiny = taesd(len(vae.config.block_out_channels), vae.config.latent_channels) if decoder is vae else decoder
+        loaded = isinstance(decoder, AutoencoderTiny)  # or else it is a suggestion
+        tiny = decoder if loaded else taesd(len(vae.config.block_out_channels), vae.config.latent_channels)
         parts["weights: tiny VAE"] = num_bytes(tiny)
+    elif args.decode_dtype in WEIGHT_DTYPES:
+        parts["weights: decoder to train by"] = num_bytes(vae.decoder) / 2
     for name, several in scorers.items():
         each = [one for scorer in several for one in getattr(scorer, "evaluators", {"": scorer}).values()]
         modules = (getattr(one, "function", one) for one in each)
@@ -98,7 +119,7 @@ def memory_table(memory: dict[str, float], available: float, args: SimpleNamespa
     return "\n".join([head, *lines, tail])
 
 
-def flag_changes(args: SimpleNamespace, vae) -> Iterator[dict]:
+def flag_changes(args: SimpleNamespace, vae, tiny_vae: str = "madebyollin/taesd") -> Iterator[dict]:
     """What could be changed to save memory, one at a time; first what leaves the objective as it is."""
     if not args.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
@@ -112,15 +133,23 @@ def flag_changes(args: SimpleNamespace, vae) -> Iterator[dict]:
         yield {"train_batch_size": args.train_batch_size // parts, "gradient_accumulation_steps": accumulation}
     if args.quality_weight and args.train_batch_size > 1 and not args.decode_batch_size:
         yield {"decode_batch_size": 1}
+    if args.quality_weight and args.decode_dtype == "fp32":
+        yield {"decode_dtype": "bf16"}
     if args.late_start == "data" and args.diffusion_weight and args.diffusion_timesteps == "full":
         yield {"diffusion_timesteps": "late"}
     if args.quality_weight and args.decode == "full":
         factor = latent_factor(vae)
-        yield {"decode": "tiny", "tiny_vae_name_or_path": "madebyollin/taesd" if factor == 8 else "PATH"}
+        yield {"decode": "tiny", "tiny_vae_name_or_path": tiny_vae if factor == 8 else "PATH"}
         yield {"decode": "crop", "decode_size": max(args.resolution // 2 // factor, 1) * factor}
 
 
-def advice(step_cost: StepCost, scorers: dict[str, list], available: float, args: SimpleNamespace) -> str:
+def advice(
+    step_cost: StepCost,
+    scorers: dict[str, list],
+    available: float,
+    args: SimpleNamespace,
+    tiny_vae: str = "madebyollin/taesd",
+) -> str:
     """What the changes save, each alone, and the first combination that fits."""
 
     def total(changes: dict) -> float:
@@ -130,13 +159,13 @@ def advice(step_cost: StepCost, scorers: dict[str, list], available: float, args
         return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
 
     vae, least, taken = step_cost.models[1], total({}), {}
-    each = sorted(((total(changes), words(changes)) for changes in flag_changes(args, vae)))
+    each = sorted(((total(changes), words(changes)) for changes in flag_changes(args, vae, tiny_vae)))
     lines = ["This may not fit. Each of these alone, estimated:"]
     lines += [f"  {size / 2**20:10,.1f} MiB  {flags}" for size, flags in each if size < least]
     smaller = True
     while least > available and smaller:
         smaller = False
-        for changes in flag_changes(SimpleNamespace(**vars(args) | taken), vae):
+        for changes in flag_changes(SimpleNamespace(**vars(args) | taken), vae, tiny_vae):
             if total(taken | changes) < least:
                 taken, smaller = taken | changes, True
                 least = total(taken)

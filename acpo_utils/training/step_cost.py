@@ -1,4 +1,4 @@
-"""What one step of train_acpo_lora_sd.py takes, in memory and FLOP, told without running it.
+"""What one step of train_acpo_lora_sd.py or _sdxl.py takes, in memory and FLOP, told without running it.
 
 U-Net, encoder and decoder run once each on fake tensors, which have shape, dtype and device but no data, so that device,
 autocast and checkpointing choose the kernels they will choose. The guide, which can be anything, runs for real. Then the
@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
+from acpo_utils.families.latents import latent_factor, latents_shape
+from acpo_utils.late_step import checkpoint_decoder
 from acpo_utils.randomness import step_generator
 from acpo_utils.sharding import WEIGHT_DTYPES
-from acpo_utils.stable_diffusion import latent_factor, latents_shape
 
 
 ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch has no formula for these two
@@ -135,11 +136,13 @@ class StepCost:
     Args:
         models: (unet with its LoRA, vae, decoder, text_encoder), before `accelerator.prepare`; they stay as they are.
         guide: (evaluator, images (B, 3, H, W) in [0, 1] of the training's size, B prompts); None without L_quality.
+        conditions: what the U-Net is told of one caption, {name: (1, ...)}, as the batch has it where it is cached.
         device: the training's torch.device.
     """
 
-    def __init__(self, training_step, models, guide, noise_scheduler, device: torch.device):
+    def __init__(self, training_step, models, guide, noise_scheduler, conditions: dict, device: torch.device):
         self.training_step, self.models, self.guide, self.device = training_step, models, guide, device
+        self.conditions = conditions
         self.scheduler, self.fake_mode = noise_scheduler, FakeTensorMode(allow_non_fake_inputs=True)
         self.copies, self.costs = {}, {}
 
@@ -147,14 +150,16 @@ class StepCost:
         """{part: bytes}, whose sum is needed at a time, and {part: FLOP}."""
         half, ledger, passes = WEIGHT_DTYPES.get(args.mixed_precision), _Ledger(), itertools.count(1)
         unet, vae = self._fake(self.models[0], half or torch.float32), self._fake(self.models[1])
-        decoder = vae if self.models[2] is self.models[1] else self._fake(self.models[2])
-        if args.decode == "tiny" and decoder is vae:  # a suggestion: what it would load has TAESD's size
-            decoder = self._fake(taesd(len(vae.config.block_out_channels), vae.config.latent_channels))
+        decoder = self.models[2]
+        if args.decode == "tiny" and not isinstance(decoder, AutoencoderTiny):
+            decoder = taesd(
+                len(vae.config.block_out_channels), vae.config.latent_channels
+            )  # a suggestion: of that size
+        decoder = self._fake(decoder, WEIGHT_DTYPES.get(args.decode_dtype))
         if half:
             unet.forward = convert_outputs_to_fp32(torch.autocast(self.device.type, half)(unet.forward))
-        for model in (unet, decoder):
-            switch = "enable" if args.gradient_checkpointing else "disable"
-            getattr(model, f"{switch}_gradient_checkpointing")()
+        getattr(unet, f"{'enable' if args.gradient_checkpointing else 'disable'}_gradient_checkpointing")()
+        checkpoint_decoder(decoder, args.gradient_checkpointing)
 
         def cost(run, *key) -> Cost:
             if key not in self.costs:
@@ -162,9 +167,9 @@ class StepCost:
                     self.costs[key] = cost_of(run)
             return self.costs[key]
 
-        def predict(latents, timesteps, embeds, return_dict=False):
+        def predict(latents, *others, **named):
             given = latents.detach().requires_grad_(latents.requires_grad)
-            run = lambda: unet(given, timesteps, embeds, return_dict=False)[0]  # noqa: E731
+            run = lambda: unet(given, *others, **named)[0]  # noqa: E731
             flags = (args.mixed_precision, args.gradient_checkpointing)
             each = cost(run, "unet", latents.shape[1:], latents.requires_grad, *flags)
             if torch.is_grad_enabled():
@@ -180,7 +185,8 @@ class StepCost:
         def decode(latents, return_dict=False):
             given = latents.detach().requires_grad_()
             run = lambda: decoder.decode(given, return_dict=False)[0]  # noqa: E731
-            each = cost(run, "decode", latents.shape[1:], args.decode == "tiny", args.gradient_checkpointing)
+            flags = (args.decode == "tiny", args.decode_dtype, args.gradient_checkpointing)
+            each = cost(run, "decode", latents.shape[1:], *flags)
             height, width = (latent_factor(vae) * extent for extent in latents.shape[-2:])
             if args.decode_batch_size:  # the image is kept; each chunk's graph is made, and gone, in the backward pass
                 image = 3 * height * width * torch.float32.itemsize
@@ -197,11 +203,12 @@ class StepCost:
 
         shape = latents_shape(vae, args.train_batch_size, args.resolution)
         moments_shape = (shape[0], 2 * shape[1], *shape[2:])
-        text_config = self.models[3].config
+        rows = {name: (shape[0], *value.shape[1:]) for name, value in self.conditions.items()}
         with self.fake_mode, self.device:
             trained = torch.ones((), requires_grad=True)
-            embeds = torch.zeros(shape[0], text_config.max_position_embeddings, text_config.hidden_size, dtype=half)
-            batch = {"prompts": [""] * shape[0], "prompt_embeds": embeds, "negative_prompt_embeds": embeds[:1]}
+            conditions = {name: torch.zeros(row, dtype=half) for name, row in rows.items()}
+            batch = {"prompts": [""] * shape[0], "negative_conditions": {n: c[:1] for n, c in conditions.items()}}
+            batch |= conditions
             if args.cache_latents:
                 batch["latent_moments"] = torch.zeros(moments_shape, dtype=half)
             elif not args.train_prompts:
@@ -210,15 +217,15 @@ class StepCost:
         stand_in.forward = predict
         loss, _ = self.training_step(
             batch,
-            unet=stand_in,
-            vae=SimpleNamespace(config=vae.config, encode=encode),
-            decoder=SimpleNamespace(config=decoder.config, decode=decode),
-            text_encoder=None,
-            evaluator=SimpleNamespace(score=score),
-            noise_scheduler=self.scheduler,
-            generator=step_generator(args.seed),
-            anchor_weight=args.anchor_weight,
-            args=args,
+            stand_in,
+            SimpleNamespace(config=vae.config, encode=encode),
+            SimpleNamespace(config=decoder.config, dtype=decoder.dtype, decode=decode),
+            None,  # the text encoder: the batch has what it says
+            SimpleNamespace(score=score),
+            self.scheduler,
+            step_generator(args.seed),
+            args.anchor_weight,
+            args,
         )
         kept = dict(ledger.held)
         loss.backward()

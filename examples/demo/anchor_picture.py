@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from acpo_utils.data import read_prompts
 from acpo_utils.evaluation.sampling import sample_images, score_images
 from acpo_utils.evaluators import load_evaluator, load_judges
+from acpo_utils.families.stable_diffusion import build_pipeline, load
 from acpo_utils.files import atomic_write
-from acpo_utils.stable_diffusion import build_pipeline, load_stable_diffusion
 
 
 DEMO = Path(__file__).parent
@@ -31,7 +31,7 @@ def sample_models(args, prompts):
     """{model: images (N, 3, H, W) in [0, 1]}."""
     images = {}
     for name, lora in (("base", None), ("with the anchor", args.lora), ("without it", args.no_anchor_lora)):
-        noise_scheduler, tokenizer, text_encoder, vae, unet = load_stable_diffusion(
+        noise_scheduler, tokenizer, text_encoder, vae, unet = load(
             DEMO / "pipeline",
             revision=None,
             variant=None,

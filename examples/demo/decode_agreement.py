@@ -4,7 +4,8 @@
 
 Held-out drawings are noised to t < 100, the base U-Net estimates z_0_hat (eq. 5), and the guide scores its decode. The
 gradient of the score with respect to z_0_hat is what trains a LoRA; its direction is compared with the full decode's, image
-by image: all of it for a tiny decoder, inside the window for a crop, where the outside gets nothing. docs/performance.md.
+by image: all of it for a decode in bf16 and for a tiny decoder, inside the window for a crop, where the outside gets
+nothing. docs/performance.md.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from acpo_utils.evaluators import load_evaluator
+from acpo_utils.families.latents import decoder_in, encode_images
 from acpo_utils.late_step import crop_latents, decode_latents, predict_original_sample, sample_late_timesteps
 from acpo_utils.randomness import step_generator
-from acpo_utils.stable_diffusion import encode_images
 
 
 DEMO = Path(__file__).parent
@@ -38,10 +39,12 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "pipeline", safety_checker=None)
-    tiny = AutoencoderTiny.from_pretrained(args.tiny_vae)
     guide = load_evaluator(f"ipce:{DEMO / 'guide'}")
-    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder, tiny):
+    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         model.requires_grad_(False).float()
+    others = {"in bf16": decoder_in(torch.bfloat16, pipeline.vae)}
+    if args.tiny_vae:
+        others["tiny"] = AutoencoderTiny.from_pretrained(args.tiny_vae).requires_grad_(False).float()
     dataset = load_dataset("parquet", data_files=str(DEMO / "data" / "new_combinations.parquet"), split="train")
     rows = dataset.shuffle(seed=args.seed).select(range(args.num_images))
     cosines: dict[str, list[torch.Tensor]] = {}
@@ -59,8 +62,9 @@ def main(args: argparse.Namespace) -> None:
             model_pred = pipeline.unet(noisy_latents, timesteps, embeds, return_dict=False)[0]
         z0 = predict_original_sample(pipeline.scheduler, model_pred, timesteps, noisy_latents)
         full = gradient(lambda z: guide.score(decode_latents(pipeline.vae, z), prompts), z0)
-        by_tiny = gradient(lambda z: guide.score(decode_latents(tiny, z), prompts), z0)
-        cosines.setdefault("tiny", []).append(cosine(full, by_tiny))
+        for name, decoder in others.items():
+            found = gradient(lambda z: guide.score(decode_latents(decoder, z), prompts), z0)  # noqa: B023
+            cosines.setdefault(name, []).append(cosine(full, found))
         for share in (0.75, 0.5):
             side = int(latents.shape[-1] * share)
             window = lambda z: crop_latents(z, side, step_generator(args.seed, start))  # noqa: B023, E731
@@ -71,12 +75,12 @@ def main(args: argparse.Namespace) -> None:
     for name, values in cosines.items():
         values = torch.cat(values)
         low, high = values.quantile(torch.tensor([0.1, 0.9])).tolist()
-        print(f"| {name} | {values.mean():.2f} | {low:.2f} to {high:.2f} |")
+        print(f"| {name} | {values.mean():.4f} | {low:.4f} to {high:.4f} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny_vae", required=True, help="what train_tiny_vae.py wrote")
+    parser.add_argument("--tiny_vae", help="what train_tiny_vae.py wrote; without it there is no row of it")
     parser.add_argument("--num_images", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--tmax", type=int, default=100)

@@ -29,8 +29,8 @@ from acpo_utils.evaluation.sampling import sample_images, score_images
 from acpo_utils.evaluation.set_metrics import kid
 from acpo_utils.evaluators import load_evaluator
 from acpo_utils.evaluators.judge import Judge, load_judge
+from acpo_utils.families.loading import DTYPE
 from acpo_utils.files import atomic_write
-from acpo_utils.stable_diffusion import DTYPE
 
 
 DEMO = Path(__file__).parent

@@ -21,8 +21,8 @@ from train_pipeline import DATA, encode_images
 from train_vae import reconstruction_loss, to_float
 
 from acpo_utils.data import tokenize
+from acpo_utils.families.loading import DTYPE
 from acpo_utils.late_step import predict_original_sample
-from acpo_utils.stable_diffusion import DTYPE
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from acpo_utils.data import tokenize
-from acpo_utils.stable_diffusion import DTYPE
+from acpo_utils.families.loading import DTYPE
 from acpo_utils.training.ema import ema_weights
 
 

@@ -10,7 +10,9 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from acpo_utils.data import CachedLatents, CaptionedImages, collate, latent_cache, load_captioned_images
-from acpo_utils.stable_diffusion import encode_images, encode_prompts, load_stable_diffusion
+from acpo_utils.families.latents import encode_images
+from acpo_utils.families.stable_diffusion import encode_prompts
+from acpo_utils.families.stable_diffusion import load as load_stable_diffusion
 from tests import REPOSITORY
 from tests.launching import refused, run_script
 
@@ -42,7 +44,7 @@ def cache(dataset, models, folder, **options):
     tokenizer, text_encoder, vae = models
     options = {"num_samples": 40, "seed": 3, "random_flip": True} | options
     cached = CachedLatents(dataset, tokenizer, 32, folder, **options)
-    cached.build(vae, text_encoder, Accelerator(cpu=True))
+    cached.build(vae, text_encoder, Accelerator(cpu=True), encode_prompts)
     return cached
 
 
@@ -58,7 +60,8 @@ def test_items_are_those_of_the_images_themselves(folder, models, tmp_path, monk
     assert set(kept) == {"latent_moments", "prompt_embeds", "prompts"}
     latents, same = (encode_images(b, vae, torch.Generator().manual_seed(0)) for b in (batch, kept))
     torch.testing.assert_close(same, latents, atol=1e-5, rtol=0)
-    torch.testing.assert_close(encode_prompts(kept, None), encode_prompts(batch, text_encoder), atol=1e-5, rtol=0)
+    embeds, same = (encode_prompts(b, text_encoder)["prompt_embeds"] for b in (batch, kept))
+    torch.testing.assert_close(same, embeds, atol=1e-5, rtol=0)
     unflipped = cache(dataset, models, tmp_path / "unflipped", random_flip=False)
     assert not torch.allclose(
         collate([unflipped[n] for n in range(40)])["latent_moments"], kept["latent_moments"], atol=0.1

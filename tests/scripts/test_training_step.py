@@ -9,8 +9,8 @@ from peft import LoraConfig
 from transformers import CLIPTextModel
 
 from acpo_utils.evaluators import load_evaluator
+from acpo_utils.families.latents import compile_models
 from acpo_utils.randomness import step_generator
-from acpo_utils.stable_diffusion import compile_models
 from tests.tiny_models import tiny_scheduler, tiny_taesd, tiny_tokenizer, tiny_unet, tiny_vae
 
 
@@ -66,7 +66,7 @@ def world(tiny_pipeline, tiny_guide):
     batch = {
         "pixel_values": torch.rand(2, 3, 32, 48, generator=step_generator(0)) * 2 - 1,
         "input_ids": encode(prompts),
-        "negative_prompt_embeds": text_encoder(encode([""]), return_dict=False)[0],
+        "negative_conditions": {"prompt_embeds": text_encoder(encode([""]), return_dict=False)[0]},
         "prompts": prompts,
     }
 

@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
 from acpo_utils.evaluators import WeightedEvaluators, load_evaluator
+from acpo_utils.families.latents import decoder_in
+from acpo_utils.late_step import checkpoint_decoder
 from acpo_utils.randomness import step_generator
 from acpo_utils.training import memory_estimate as estimate
 from acpo_utils.training.step_cost import FORMULAS, ON_CPU, ON_CPU_BACKWARD, Meter, StepCost
@@ -30,6 +32,7 @@ FLAGS = DEFAULTS | {
     "train_batch_size": 3,
     "resolution": 32,
     "decode_size": 16,
+    "decode_dtype": "fp32",
     "gradient_checkpointing": False,
     "mixed_precision": "no",
     "cache_latents": False,
@@ -68,8 +71,10 @@ def build_world(tiny_pipeline, tiny_guide):
 
     def flags(**changes):
         args = argparse.Namespace(**(FLAGS | changes))
-        for model in (unet, models[2]):
-            getattr(model, f"{'enable' if args.gradient_checkpointing else 'disable'}_gradient_checkpointing")()
+        getattr(unet, f"{'enable' if args.gradient_checkpointing else 'disable'}_gradient_checkpointing")()
+        checkpoint_decoder(models[2], args.gradient_checkpointing)
+        if args.decode_dtype == "bf16":
+            models[2] = decoder_in(torch.bfloat16, vae)
         return args
 
     def step(args):
@@ -77,14 +82,17 @@ def build_world(tiny_pipeline, tiny_guide):
         batch = {"pixel_values": torch.zeros(rows, 3, 32, 32), "input_ids": torch.ones(rows, 16, dtype=torch.long)}
         with torch.no_grad():
             embeds = text_encoder(batch.pop("input_ids"), return_dict=False)[0]
-        batch |= {"prompt_embeds": embeds, "negative_prompt_embeds": embeds[:1], "prompts": ["a red wall"] * rows}
+        batch |= {"prompt_embeds": embeds, "negative_conditions": {"prompt_embeds": embeds[:1]}}
+        batch["prompts"] = ["a red wall"] * rows
         return script.training_step(
             batch, *models, guide, scheduler, step_generator(0), anchor_weight=args.anchor_weight, args=args
         )[0]
 
     def cost():
-        return StepCost(script.training_step, models, (guide, *guide_inputs), scheduler, torch.device("cpu"))
+        guided = (guide, *guide_inputs)
+        return StepCost(script.training_step, models, guided, scheduler, conditions, torch.device("cpu"))
 
+    conditions = {"prompt_embeds": torch.randn(1, 16, 32)}
     scorers = {"guide": [guide], "judges": []}
     return SimpleNamespace(
         models=models,
@@ -125,6 +133,7 @@ CASES = [
     {"diffusion_timesteps": "late"},
     {"decode": "crop"},
     {"decode_batch_size": 1},
+    {"decode_dtype": "bf16"},
     {"quality_weight": 0.0},
     {"quality_weight": 0.0, "anchor_weight": 0.0},
     {"diffusion_weight": 0.0, "anchor_weight": 0.0},
@@ -249,7 +258,7 @@ def test_a_suggestion_costs_what_it_says(lasting, world):
 
 def test_what_is_in_force_is_not_suggested(world):
     args = world.flags(gradient_checkpointing=True, mixed_precision="fp16", cache_latents=True, train_batch_size=1)
-    args.decode, args.late_start, args.decode_batch_size = "tiny", "rollout", 1
+    args.decode, args.late_start, args.decode_batch_size, args.decode_dtype = "tiny", "rollout", 1, "bf16"
     assert list(estimate.flag_changes(args, world.vae)) == []
     args = world.flags(train_batch_size=6, gradient_accumulation_steps=2)
     assert {"train_batch_size": 3, "gradient_accumulation_steps": 4} in list(estimate.flag_changes(args, world.vae))
@@ -261,7 +270,15 @@ def log(world, caplog, **changes):
     with caplog.at_level(logging.INFO, logger="acpo_utils.training.memory_estimate"):
         args = world.flags(**changes)
         estimate.log_estimate(
-            accelerator, script.training_step, world.models, world.guide, {}, world.scheduler, world.guide_inputs, args
+            accelerator,
+            script.training_step,
+            world.models,
+            world.guide,
+            {},
+            world.scheduler,
+            world.guide_inputs,
+            {"prompt_embeds": torch.zeros(1, 16, 32)},
+            args,
         )
     return [(record.levelname, record.message) for record in caplog.records]
 

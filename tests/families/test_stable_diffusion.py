@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+from acpo_utils.families.latents import encode_images
+from acpo_utils.families.loading import latent_scheduler
+from acpo_utils.families.stable_diffusion import build_pipeline, predict
+from acpo_utils.families.stable_diffusion import load as load_stable_diffusion
 from acpo_utils.late_step import decode_latents, rollout_late_latents
-from acpo_utils.stable_diffusion import build_pipeline, encode_images, latent_scheduler, load_stable_diffusion
 from tests import REPOSITORY
 from tests.ldm_checkpoint import save_single_file
 from tests.tiny_models import tiny_vae
@@ -112,7 +116,7 @@ def test_files_of_a_variant_are_taken_by_their_flag_which_is_named(folder):
 @pytest.mark.parametrize(
     "name, script",
     [
-        ("StableDiffusionXLPipeline", "train_text_to_image_lora_sdxl.py"),
+        ("StableDiffusionXLPipeline", "train_acpo_lora_sdxl.py"),
         ("DDPMPipeline", "train_acpo_ddpm.py"),
         ("FluxPipeline", "train_dreambooth_lora_flux.py"),
         ("SanaPipeline", "it is a SanaPipeline."),
@@ -216,10 +220,10 @@ def test_a_rollout_has_the_pipelines_own_ddim_latents(folder, name):
     own(**sampled, generator=torch.Generator().manual_seed(0), callback_on_step_end=keep)
     timesteps = [int(t) for t in own.scheduler.timesteps]
     latents, late = rollout_late_latents(
-        unet,
+        partial(predict, unet),
         noise_scheduler,
-        embeds,
-        negative,
+        {"prompt_embeds": embeds},
+        {"prompt_embeds": negative},
         (1, 4, 16, 16),
         tmax=250,
         num_inference_steps=10,

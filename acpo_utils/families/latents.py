@@ -1,0 +1,99 @@
+"""Between pixels and latents: what a family has of its AutoencoderKL, and which decoder stands in for the VAE's."""
+
+import copy
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from acpo_utils.files import load_strictly
+from acpo_utils.randomness import batch_randn
+
+
+def latent_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent along a side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latents_shape(vae: AutoencoderKL, batch_size: int, resolution: int) -> tuple[int, int, int, int]:
+    side = resolution // latent_factor(vae)
+    return (batch_size, vae.config.latent_channels, side, side)
+
+
+def check_sizes(noise_scheduler, vae, unet, tmax: int, resolution: int, decode_size: int | None) -> None:
+    """Raises ValueError, in one line, for a late window or sizes in pixels that the models cannot do."""
+    total = noise_scheduler.config.num_train_timesteps
+    if not 1 <= tmax <= total:
+        raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {tmax}")
+    factor = latent_factor(vae)
+    multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    if resolution < 1 or resolution % multiple:
+        raise ValueError(f"--resolution must be a multiple of {multiple} for this VAE and U-Net, got {resolution}")
+    if decode_size and (decode_size % factor or not 0 < decode_size <= resolution):
+        raise ValueError(f"--decode_size must be a multiple of {factor} up to the resolution, got {decode_size}")
+
+
+def scale_latents(latents: torch.Tensor, vae) -> torch.Tensor:
+    """From the VAE's own latents to those that the U-Net sees; `acpo_utils.late_step.decode_latents` is the way back."""
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_images(batch: dict, vae: AutoencoderKL, generator: torch.Generator | None) -> torch.Tensor:
+    """Latents (B, 4, h, w) as the U-Net sees them, a sample of the VAE's posterior.
+
+    Of `batch["pixel_values"]` (B, 3, H, W) in [-1, 1], or of `batch["latent_moments"]` (B, 8, h, w), what
+    `acpo_utils.data.latent_cache` kept of the encoder's output.
+    """
+    if "latent_moments" in batch:
+        posterior = DiagonalGaussianDistribution(batch["latent_moments"].float())
+    else:
+        posterior = vae.encode(batch["pixel_values"]).latent_dist
+    mean, std = posterior.mean, posterior.std  # (B, 4, h, w)
+    return scale_latents(mean + std * batch_randn(mean.shape, generator, mean.device, mean.dtype), vae)
+
+
+def load_tiny_vae(pretrained_model_name_or_path: str, vae: AutoencoderKL) -> AutoencoderTiny:
+    """A frozen AutoencoderTiny (TAESD) in fp32 beside `vae`. Raises ValueError, in one line, unless it decodes the
+    latents of `vae`."""
+    try:
+        tiny_vae = load_strictly(AutoencoderTiny.from_pretrained, pretrained_model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--tiny_vae_name_or_path: expected an AutoencoderTiny (hub id or folder), {pretrained_model_name_or_path!r} "
+            f"could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    for what in ("latent_channels", "in_channels"):
+        if tiny_vae.config[what] != vae.config[what]:
+            raise ValueError(
+                f"--tiny_vae_name_or_path: expected {vae.config[what]} {what} as the VAE has, found {tiny_vae.config[what]}"
+            )
+    upsamplings = (len(tiny_vae.config.num_decoder_blocks) - 1, len(vae.config.block_out_channels) - 1)
+    if upsamplings[0] != upsamplings[1]:
+        expected, found = (2**n for n in reversed(upsamplings))
+        raise ValueError(f"--tiny_vae_name_or_path: expected {expected} pixels per latent, found {found}")
+    return tiny_vae.requires_grad_(False).to(vae.device)
+
+
+def decoder_in(dtype: torch.dtype, vae: AutoencoderKL | AutoencoderTiny) -> AutoencoderKL | AutoencoderTiny:
+    """The decoder of `vae` in `dtype`, a copy without an encoder; `vae` itself, which encodes and samples, stays."""
+    decoder = copy.deepcopy(vae)
+    decoder.encoder = decoder.quant_conv = None
+    return torch.nn.Module.to(
+        decoder, dtype
+    )  # diffusers' own warns of modules that want fp32, of which there are none
+
+
+def offload_encoders(vae: AutoencoderKL, *text_encoders: torch.nn.Module) -> None:
+    """Off the device with what a cache has made needless; `build_pipeline` brings it back."""
+    for model in (vae.encoder, *text_encoders):
+        model.to("cpu")
+
+
+def compile_models(unet: torch.nn.Module, decoder: torch.nn.Module, backend: str = "inductor") -> None:
+    """torch.compile of the U-Net and of the decoder's network, in place: names of weights and checkpoints stay the same.
+
+    The U-Net is compiled twice at its first calls: with the LoRA, and without it for the anchor.
+    """
+    unet.compile(backend=backend)
+    decoder.decoder.compile(backend=backend)

@@ -1,0 +1,178 @@
+"""A pipeline as people have it, its parts read strictly and from safetensors, or refused in one line: for every family."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate.utils import compare_versions
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+
+from acpo_utils.files import load_strictly, one_line
+
+
+# What from_pretrained of diffusers calls it: "dtype" is unknown before 0.40, "torch_dtype" warns since.
+DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40.0") else "torch_dtype"
+# How the names of a family's pipelines begin, the longer ones first, and the script that is made for it.
+SCRIPTS = {
+    "StableDiffusionXL": "train_acpo_lora_sdxl.py",
+    "StableDiffusion3": "diffusers' train_dreambooth_lora_sd3.py, without ACPO",
+    "StableDiffusion": "train_acpo_lora_sd.py",
+    "DDPM": "train_acpo_ddpm.py",
+    "DDIM": "train_acpo_ddpm.py",
+    "Flux": "diffusers' train_dreambooth_lora_flux.py, without ACPO",
+}
+
+
+def load_pipeline_parts(
+    pipeline_class: type[DiffusionPipeline],
+    part_classes: dict[str, type],
+    pretrained_model_name_or_path: str,
+    *,
+    revision: str | None,
+    variant: str | None,
+    dtypes: dict[str, torch.dtype],
+    check_configs: Callable[[str, str | None], None],
+) -> tuple[dict, dict]:
+    """({part: tokenizer or model, frozen}, the scheduler's configuration) of a hub id, a folder or a .safetensors file.
+
+    Args:
+        part_classes: by the name of the part, which is its subfolder too. dtypes: of the models among them.
+        check_configs: (source, revision) -> None, raises ValueError for parts that do not fit each other, before a
+            weight is read.
+    Raises:
+        ValueError: in one line, for what is no pipeline of the family, or not all of one.
+    """
+    source = str(pretrained_model_name_or_path)
+    if source.endswith((".ckpt", ".pt", ".bin")):
+        raise ValueError(f"{source}: expected .safetensors, found a pickle, which can run any code. Convert it first.")
+    try:
+        if source.endswith(".safetensors"):
+            folder = _configurations(source)
+            if folder is not None:
+                _check_family(pipeline_class, folder, None)
+                check_configs(folder, None)
+            pipeline = _load_single_file(pipeline_class, source, folder, dtypes)
+            parts = {name: getattr(pipeline, name) for name in part_classes}
+            scheduler_config = pipeline.scheduler.config
+        else:
+            _check_family(pipeline_class, source, revision)
+            check_configs(source, revision)
+            parts = {
+                name: _load_part(part_class, source, name, revision, variant, dtypes.get(name))
+                for name, part_class in part_classes.items()
+            }
+            scheduler_config = DDPMScheduler.load_config(source, revision=revision, subfolder="scheduler")
+    except (OSError, ValueError) as error:
+        family = "Stable Diffusion XL" if "XL" in pipeline_class.__name__ else "Stable Diffusion"
+        raise ValueError(
+            f"--pretrained_model_name_or_path: expected a {family} pipeline (hub id, folder, or .safetensors file), "
+            f"{source!r} could not be loaded: {one_line(error)[:400]}{_variant_hint(source, variant)}"
+        ) from error
+    for name in dtypes:
+        parts[name].requires_grad_(False)
+    return parts, scheduler_config
+
+
+def _load_part(part_class: type, source: str, name: str, revision, variant, dtype: torch.dtype | None):
+    if dtype is None:
+        return part_class.from_pretrained(source, revision=revision, subfolder=name)
+    keyword = "dtype" if part_class.__module__.startswith("transformers") else DTYPE
+    return load_strictly(
+        part_class.from_pretrained, source, subfolder=name, revision=revision, variant=variant, **{keyword: dtype}
+    )
+
+
+def _configurations(single_file: str) -> str | None:
+    """A single file has no configurations; a pipeline's folder around it has, as in the hub's repositories of SD-1.x."""
+    if not Path(single_file).is_file():
+        raise ValueError("there is no such file.")
+    folder = Path(single_file).parent
+    return str(folder) if Path(folder, "model_index.json").is_file() else None
+
+
+def _load_single_file(
+    pipeline_class: type[DiffusionPipeline], source: str, folder: str | None, dtypes: dict[str, torch.dtype]
+) -> DiffusionPipeline:
+    config = {} if folder is None else {"config": folder}
+    unchecked = {}
+    if pipeline_class is StableDiffusionPipeline:
+        unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        vae = AutoencoderKL.from_single_file(source, subfolder="vae", **config, **{DTYPE: dtypes["vae"]})
+        return pipeline_class.from_single_file(source, vae=vae, **config, **unchecked, **{DTYPE: dtypes["unet"]})
+    except Exception as error:  # of many kinds: safetensors, keys that do not fit, network
+        hint = ""
+        if folder is None:
+            hint = (
+                " A single file holds no configurations: put it into its model's folder, beside model_index.json, or let "
+                "diffusers take those of the hub's model of its kind, which needs the hub or an earlier download."
+            )
+        raise ValueError(f"{one_line(error)[:200]}{hint}") from error
+
+
+def _check_family(pipeline_class: type[DiffusionPipeline], source: str, revision: str | None) -> None:
+    try:
+        name = DiffusionPipeline.load_config(source, revision=revision).get("_class_name", "")
+    except OSError:  # a folder with the parts alone
+        return
+    family = _family(name)
+    if family is None or family != _family(pipeline_class.__name__):
+        raise ValueError(f"it is a {name}{f', for {SCRIPTS[family]}' if family else ''}.")
+
+
+def _family(pipeline_name: str) -> str | None:
+    return next((family for family in SCRIPTS if pipeline_name.startswith(family)), None)
+
+
+def check_channels(source: str, revision: str | None) -> dict:
+    """The U-Net's configuration. Raises ValueError, in one line, for one that takes more, or other, than the VAE's latents."""
+    unet = UNet2DConditionModel.load_config(source, revision=revision, subfolder="unet")
+    vae = AutoencoderKL.load_config(source, revision=revision, subfolder="vae")
+    if unet["in_channels"] != vae["latent_channels"]:
+        raise ValueError(
+            f"its U-Net takes {unet['in_channels']} channels where its VAE has {vae['latent_channels']}: an inpainting or "
+            "another image-conditioned model, for which there is no script here."
+        )
+    return unet
+
+
+def check_embeddings(unet: dict, width: int) -> None:
+    """Raises ValueError, in one line, for a U-Net's configuration that attends to embeddings of another width."""
+    if unet["cross_attention_dim"] != width:
+        raise ValueError(
+            f"its U-Net attends to embeddings of {unet['cross_attention_dim']} numbers, and its text encoder gives {width}."
+        )
+
+
+def limit_tokenizer(tokenizer, text_encoder) -> None:
+    """The text encoder's positions are the limit where a tokenizer names none, or a larger one.
+
+    Raises ValueError for a tokenizer with more tokens than the text encoder embeds.
+    """
+    config = text_encoder.config
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"--pretrained_model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the text encoder embeds "
+            f"{config.vocab_size}: they are of different models, or tokens were added without resizing the embeddings."
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+
+
+def denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module:
+    """The part that a LoRA is of: the U-Net, or the transformer of a pipeline that has one in its place."""
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
+def _variant_hint(source: str, variant: str | None) -> str:
+    if variant is None and (found := sorted(Path(source).glob("*/*.fp16.safetensors"))):
+        return f" It holds {found[0].parent.name}/{found[0].name}: give --variant fp16."
+    return ""
+
+
+def latent_scheduler(config: dict) -> DDPMScheduler:
+    """A DDPMScheduler by the configuration of any scheduler of a latent pipeline, for training and rollouts.
+
+    The configuration of a PNDM, Euler or DPM++ scheduler says nothing of `clip_sample`, which DDPM and DDIM would then
+    switch on; latents are not pixels, and leave [-1, 1]. `steps_offset` is what the pipeline itself sets.
+    """
+    return DDPMScheduler.from_config(config, clip_sample=False, thresholding=False, steps_offset=1)
