@@ -9,14 +9,14 @@ the real drawing of its caption; the label is then minus the root mean square di
 """
 
 import argparse
+import io
 import json
 from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 from diffusers import StableDiffusionPipeline
-from torchvision.io import encode_png
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from acpo_utils.data import read_image
 from acpo_utils.evaluation.sampling import sample_images
@@ -69,13 +69,19 @@ def generated_rows(number: int, num_inference_steps: int, guidance_scale: float,
         distance = (pixels / 255 - pil_to_tensor(read_image(caption["image"])) / 255).square().mean().sqrt().item()
         rows.append(
             {
-                "image": {"bytes": encode_png(pixels).numpy().tobytes(), "path": None},
+                "image": {"bytes": png(pixels), "path": None},
                 "prompt": caption["text"],
                 "mos": -distance,
                 "reference": caption["image"],
             }
         )
     return undecoded(Dataset.from_list(rows, features=FEATURES))
+
+
+def png(pixels: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    to_pil_image(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def main(args: argparse.Namespace) -> None:
