@@ -31,6 +31,7 @@ from acpo_utils.randomness import EpochOrder, step_generator
 from acpo_utils.ratings.agreement import agreement, agreement_table, matched_above_mismatched
 from acpo_utils.ratings.best import Best, best_folder, copy_evaluator, save_evaluator
 from acpo_utils.ratings.report import named_parts, predict, read_report, save_metrics, write_report
+from acpo_utils.ratings.robustness import robustness_tables
 from acpo_utils.ratings.sets import TARGETS
 from acpo_utils.ratings.stages import ScoreMaps, load_stages, resumed_step, set_steps, value_per_stage
 from acpo_utils.ratings.training import train_steps
@@ -184,6 +185,11 @@ def parse_args(input_args=None):
         default="mismatch",
         help='if there: "none" for an image\'s own prompt, otherwise what is wrong with the prompt',
     )
+    add(
+        "--reference_column",
+        default="reference",
+        help="if there: each image's original, of its size; the report says how far the score's gradient points there",
+    )
     add("--group_column", help="report the test metrics also for each value of this column")
     add("--max_train_samples", type=int, help="at most so many rows, of each rating set")
     add("--max_validation_samples", type=int)
@@ -227,12 +233,30 @@ def parse_args(input_args=None):
     add("--adam_epsilon", type=float, default=1e-8)
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
     add("--max_grad_norm", type=float, default=1.0)
+    add(
+        "--adversarial_epsilon",
+        type=float,
+        default=0.0,
+        help="train on every image also moved by so many 255ths along its score's gradient, up and down; 0: do not",
+    )
+    add(
+        "--gradient_norm_weight",
+        type=float,
+        default=0.0,
+        help="weight in the loss of the L1 norm of the score's gradient in the image",
+    )
     add("--mixed_precision", choices=["no", "fp16", "bf16"])
     add("--allow_tf32", action="store_true")
     add("--dataloader_num_workers", type=int, default=0)
     # Validation
     add("--eval_batch_size", type=int, default=32)
     add("--validation_steps", type=int, default=500, help="also after a stage's last step; the best is kept")
+    add(
+        "--max_robustness_samples",
+        type=int,
+        default=500,
+        help="at most so many test rows, of each rating set, are attacked for the report",
+    )
     # Output
     add("--output_dir", default="ipce-model")
     add("--seed", type=int, default=0)
@@ -268,7 +292,7 @@ def check_args(args):
         raise ValueError("expected one of --stages, --train_data_dir and --dataset_name, found several")
     if args.mos_range[0] >= args.mos_range[1]:
         raise ValueError(f"--mos_range: expected LOW below HIGH, found {args.mos_range}")
-    for name in ("image", "prompt", "mos"):
+    for name in ("image", "prompt", "mos", "reference"):
         if args.stages and getattr(args, f"{name}_column") != name:
             raise ValueError(f"--{name}_column goes with data other than --stages: leave it out")
     number = len(args.stages) if args.stages else 1
@@ -400,6 +424,7 @@ def train_stage(stage, first_step, best, run, accelerator, args):
         validation_loader=evaluation_loader(stage, "validation", model, args),
         training_step=training_step,
         score=score,
+        image_keys=["whole", "crops"],
         measure_rows=measure_rows,
         save=partial(save_evaluator, dtype=torch.float16 if args.weight_dtype == "fp16" else None),
         best=best,
@@ -420,14 +445,15 @@ def finish_stage(stage, best, accelerator, args):
         loader = accelerator.prepare(evaluation_loader(stage, split, model, args))
         scores[split] = predict(model, score, loader, accelerator, split)
     if accelerator.is_main_process:
-        return write_report(stage, best, scores, measure_rows, args)
+        return write_report(stage, best, scores, measure_rows, model, args)
 
 
 def finish(reports, args):
     """The last stage's evaluator is the result, with the reports of all stages and a model card."""
     copy_evaluator(best_folder(args, len(reports)), args.output_dir)
-    table = agreement_table(named_parts(reports, args))
-    print(f"\n{table}\n\nEvaluator: {args.output_dir}")
+    parts = named_parts(reports, args)
+    tables = f"{agreement_table(parts)}\n\n{robustness_tables(parts)}"
+    print(f"\n{tables}\n\nEvaluator: {args.output_dir}")
     description = (
         "IPCE, an evaluator of image quality given a prompt, for ACPO (Anchor-Constrained Perceptual Optimization)."
     )
@@ -441,7 +467,7 @@ def finish(reports, args):
         tags=["image-quality-assessment", "clip", "acpo"],
         dataset=args.dataset_name or args.train_data_dir,
         image_files=pictures,
-        metrics=table,
+        metrics=tables,
         settings=settings_of(args),
     )
     save_metrics(reports, args)

@@ -21,7 +21,7 @@ def read_metadata(
     """(row, values) of a metadata file. Rows count from 1, a csv's header counted.
 
     A `Path` among the values is a picture's, absolute: "image" of the row's file_name and, where `image_column` is
-    "mask", "mask" of its mask_file_name. All else is as the file has it. Cells of a csv are text in `caption_column`,
+    "mask", "mask" of its mask_file_name; "reference" of its reference_file_name. All else is as the file has it. Cells of a csv are text in `caption_column`,
     whatever the words; in another column they are numbers if all of them are, or "NA" and its like, which are None.
 
     Raises ValueError naming the file, and the row, for a damaged or empty file, one without file_name, a row that is no
@@ -36,7 +36,7 @@ def read_metadata(
     else:
         rows = list(read_json_lines(file))
     other = image_column or "img"
-    targets = {"file_name": "image", f"{other}_file_name": other}
+    targets = {"file_name": "image", f"{other}_file_name": other, "reference_file_name": "reference"}
     records = []
     for number, row in rows:
         if not isinstance(row, dict):

@@ -169,6 +169,10 @@ class IPCE(ModelMixin, ConfigMixin):
         agreement = []
         for layer, patches in enumerate(output["image_intermediates"]):
             if self.gives_maps:
+                if len(patches) == 1 and patches.requires_grad:
+                    # Through the transposition the gradient of a single image gets strides that batch normalisation
+                    # misreads on the CPU (torch 2.14): the gradient of the score would be another one, silently.
+                    patches.register_hook(torch.Tensor.contiguous)
                 patches = patches.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, P, C)
             if self.has_class_token:
                 token = output["image_intermediates_prefix"][layer][:, :1]  # (B, 1, C)

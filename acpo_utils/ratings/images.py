@@ -17,6 +17,7 @@ def load_rated_images(
     image_column: str = "image",
     prompt_column: str | None = "prompt",
     mos_column: str = "mos",
+    reference_column: str = "reference",
     mos_range: Sequence[float] = (0.0, 5.0),
     skip_bad_images: bool = False,
     max_samples: dict[str, int | None] | None = None,
@@ -29,10 +30,10 @@ def load_rated_images(
     A split that is missing takes a tenth of the training prompts, with all their rows, so that no prompt stands on both
     sides; without prompts (`prompt_column` None) a tenth of the rows. `seed` chooses which. `mos_range`: lowest and
     highest score. `max_samples`: the most rows of a split, {"train": 100}. The image column comes undecoded, as rows of
-    {"bytes", "path"}.
+    {"bytes", "path"}; so does `reference_column`, the images' originals, where there is one.
 
-    Raises ValueError, in one line, for what `load_captioned_images` and `check_images` refuse, a score that is not in
-    `mos_range`, too few prompts to split, and a validation or test split with fewer than two different scores.
+    Raises ValueError, in one line, for what `load_captioned_images` and `check_images` refuse, originals that are no images,
+    a score that is not in `mos_range`, too few prompts to split, and a validation or test split with fewer than two different scores.
     """
     splits, data = {}, dataset_name or train_data_dir
     for split in ("train", "validation", "test"):
@@ -53,6 +54,7 @@ def load_rated_images(
         if prompt_column is not None and isinstance(rows.features[prompt_column], datasets.List):
             raise ValueError(f"--prompt_column {prompt_column} of {data}: expected one text per image, found lists.")
         _check_scores(rows, data, split, mos_column, mos_range)
+        rows = _undecoded_originals(rows, data, split, reference_column)
         splits[split] = check_images(rows, image_column, skip_bad_images)
 
     if prompt_column is None:
@@ -91,6 +93,23 @@ def _find_split(source: dict, split: str, dataset_config_name: str | None) -> st
     elif split != "train":
         found = split in datasets.get_dataset_split_names(source["dataset_name"], dataset_config_name)
     return split if split == "train" or found else None
+
+
+def _undecoded_originals(rows: datasets.Dataset, data: str, split: str, reference_column: str) -> datasets.Dataset:
+    if reference_column not in rows.column_names:
+        return rows
+    feature = rows.features[reference_column]
+    if not isinstance(feature, datasets.Image) and not (
+        isinstance(feature, dict) and {"bytes", "path"} == set(feature)
+    ):
+        raise ValueError(
+            f"--reference_column {reference_column} of {data}: expected images, or reference_file_name in the metadata of a "
+            f"folder, found {getattr(feature, 'dtype', type(feature).__name__)} ({split})."
+        )
+    description = rows.info.description
+    rows = rows.cast_column(reference_column, datasets.Image(decode=False))
+    rows.info.description = description  # for the messages of check_images()
+    return rows
 
 
 def _check_scores(rows: datasets.Dataset, data: str, split: str, mos_column: str, mos_range: Sequence[float]) -> None:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from acpo_utils.files import atomic_write
 from acpo_utils.ratings.agreement import save_scatter
 from acpo_utils.ratings.best import Best, best_folder
+from acpo_utils.ratings.robustness import measure_robustness, rows_to_measure
 from acpo_utils.ratings.stages import Stage, to_scale
 
 
@@ -66,14 +67,17 @@ def read_report(args, number: int) -> dict | None:
     return json.loads(file.read_text()) if args.stages and file.is_file() else None
 
 
-def write_report(stage: Stage, best: Best, scores: dict[str, torch.Tensor], measure_rows: Callable, args) -> dict:
+def write_report(
+    stage: Stage, best: Best, scores: dict[str, torch.Tensor], measure_rows: Callable, evaluator, args
+) -> dict:
     """The report of a stage that is finished, by the evaluator that validation chose; a scatter plot of each set's test rows.
 
-    {"stage", "best_step", "sets": {name: {"validation", "test", of --stages "map"}}}; with --group_column "test" has
-    "groups", the same for each of its values. Of --stages it is kept in the stage's folder.
+    {"stage", "best_step", "sets": {name: {"validation", "test", of --stages "map"}}}; "test" has what `measure_robustness`
+    returns, and with --group_column "groups", the same but for that for each of its values. Of --stages it is kept in the
+    stage's folder.
 
     Args:
-        scores: of the rows of validation and test. measure_rows: see above.
+        scores: of the rows of validation and test. measure_rows: see above. evaluator: whose scores they are.
     """
     folder = best_folder(args, stage.number)
     sets = {name: {} for name in stage.names}
@@ -86,6 +90,15 @@ def write_report(stage: Stage, best: Best, scores: dict[str, torch.Tensor], meas
         rows = stage.of_set("test", index)
         table = stage.splits["test"].select(rows)
         predictions = to_scale(scores["test"][rows], stage.scales[index], best.lines[index])
+        metrics["test"] |= measure_robustness(
+            evaluator,
+            rows_to_measure(table, args.max_robustness_samples),
+            image_column=args.image_column,
+            mos_column=args.mos_column,
+            prompt_column=args.prompt_column,
+            reference_column=args.reference_column,
+            device=evaluator.device,
+        )
         if args.group_column:
             metrics["test"]["groups"] = _measure_groups(table, scores["test"][rows], predictions, measure_rows, args)
         save_scatter(

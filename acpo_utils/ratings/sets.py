@@ -7,6 +7,7 @@ AGIQA-1K (Zhang et al. 2023), AGIQA-3K (Li et al. 2023), AIGCIQA2023 (Wang et al
 
 import logging
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 TARGETS = ("quality", "alignment", "authenticity", "correspondence")
 FEATURES = datasets.Features(
-    {name: datasets.Value("string") for name in ("image", "prompt", "generator")}
+    {name: datasets.Value("string") for name in ("image", "prompt", "generator", "reference")}
     | {name: datasets.Value("float64") for name in ("mos", "quality", "alignment", "std")}
 )
 
@@ -43,7 +44,8 @@ class RatingSet:
 
     `splits` has train, validation and test. Their columns: image (path of a file that exists; cast it to
     `datasets.Image`), prompt, mos (the score of `target`), quality and alignment (None where the set has no such
-    score), std (of mos over the raters, None where not published), generator (None where not known).
+    score), std (of mos over the raters, None where not published), generator (None where not known), reference (path of
+    the image's original, None where not known).
     `scale` is the lowest and highest score the set's scale allows. `drawn` names the splits that were taken out of
     train by prompt, because the publisher has none: () means the official split.
     """
@@ -70,7 +72,7 @@ def read_rating_set(
 ) -> RatingSet:
     """Reads agiqa-1k, agiqa-3k, aigciqa2023 or aigiqa-20k (also aigcqa-30k-image) from its folder, or a csv file.
 
-    A csv has a header with image (path, relative to the csv), prompt and mos, and may have std and generator; its
+    A csv has a header with image (path, relative to the csv), prompt and mos, and may have std, generator and reference; its
     `scale` (lowest, highest) must be given, and `target` says what its one score rates. The published sets have their
     scale. `target` is quality, alignment, authenticity or correspondence, whichever the set has; alignment and
     correspondence are two names of one thing, how well an image fits its prompt (AGIQA-3K says alignment, AIGCIQA2023
@@ -192,7 +194,13 @@ def _read_aigiqa_20k(root: Path, scale: Scale) -> dict[str, list[Row]]:
 
 def _read_csv(file: Path, scale: Scale) -> dict[str, list[Row]]:
     columns = {"image": "image", "prompt": "prompt", "mos": "mos"}
-    rows = read_table(file, columns, scale, optional=("std", "generator"))
+    rows = read_table(file, columns, scale, optional=("std", "generator", "reference"))
+    for row in rows:
+        if "reference" in row:
+            original = file.parent / row["reference"]
+            if not os.path.isfile(original):
+                raise ValueError(f"{file}, row {row['row']}: expected reference {one_line(original)}, found none.")
+            row["reference"] = str(original)
     return {"train": find_images(file, rows, file.parent, "{image}")}
 
 

@@ -19,6 +19,7 @@ from acpo_utils.checkpoints import checkpoint_step, read_run_state
 from acpo_utils.data import check_images
 from acpo_utils.ratings.best import best_folder
 from acpo_utils.ratings.images import load_rated_images
+from acpo_utils.ratings.robustness import check_originals, rows_to_measure
 from acpo_utils.ratings.sets import SETS, RatingSet, read_rating_set
 from acpo_utils.ratings.tables import Scale
 
@@ -35,7 +36,7 @@ class Stage:
         scales: lowest and highest score of each set.
         splits: train, validation and test, with the rows of all sets. Columns `image` (undecoded: rows of {"bytes",
             "path"}), `prompt`, `mos` (on the scale of its set) and `set` (index into `names`); from a rating set also
-            quality, alignment, std and generator (see `RatingSet`).
+            quality, alignment, std, generator and reference (see `RatingSet`; undecoded).
         number: of the stage in its run, from 1.
         start: steps of the run before the stage's first one. end: the number of its last one. Both by `set_steps`.
     """
@@ -146,7 +147,8 @@ def join_sets(
             rows, limit = rated.splits[split], (max_samples or {}).get(split)
             if limit is not None and limit < len(rows):
                 rows = rows.shuffle(seed=seed).select(range(limit))
-            rows = rows.cast_column("image", datasets.Image(decode=False))
+            for column in ("image", "reference"):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
             rows = check_images(rows, "image", skip_bad_images)
             if split != "train" and len(set(rows["mos"][:])) < 2:
                 raise ValueError(f"{name}, {split}: expected two different scores to rank, found {len(rows)} rows.")
@@ -162,7 +164,8 @@ def load_stages(args, max_samples: dict[str, int | None]) -> list[Stage]:
         args: the script's: --stages, or --train_data_dir or --dataset_name, which are one stage.
         max_samples: the most rows in a split, of each rating set; {"train": 100}.
     Raises:
-        ValueError: as `read_stages` and `load_rated_images` do, and for a --group_column that the test rows have not.
+        ValueError: as `read_stages`, `load_rated_images` and `check_originals` do, and for a --group_column or a
+            --reference_column that the test rows have not.
     """
     if args.stages:
         stages = read_stages(
@@ -181,6 +184,7 @@ def load_stages(args, max_samples: dict[str, int | None]) -> list[Stage]:
             image_column=args.image_column,
             prompt_column=args.prompt_column,
             mos_column=args.mos_column,
+            reference_column=args.reference_column,
             mos_range=args.mos_range,
             skip_bad_images=args.skip_bad_images,
             max_samples=max_samples,
@@ -192,6 +196,12 @@ def load_stages(args, max_samples: dict[str, int | None]) -> list[Stage]:
         columns = stage.splits["test"].column_names
         if args.group_column and args.group_column not in columns:
             raise ValueError(f"--group_column {args.group_column}: expected one of {columns}.")
+        if args.reference_column != "reference" and args.reference_column not in columns:
+            raise ValueError(f"--reference_column {args.reference_column}: expected one of {columns}.")
+        for index in range(len(stage.names)):
+            rows = stage.splits["test"].select(stage.of_set("test", index))
+            rows = rows_to_measure(rows, args.max_robustness_samples)
+            check_originals(rows, args.image_column, args.reference_column)
     return stages
 
 

@@ -21,7 +21,14 @@ Row = dict[str, object]
 Scale = tuple[float, float]
 Cells = list[tuple[int, list]]
 
-TEXT = ("image", "name", "prompt", "generator", "dis_img_path")  # columns that hold text; all others hold numbers
+TEXT = (
+    "image",
+    "name",
+    "prompt",
+    "generator",
+    "reference",
+    "dis_img_path",
+)  # columns that hold text; all others hold numbers
 # scipy takes the number of a type in a file for an index, unchecked: a wrong byte can end the process that reads it.
 READ_MAT = """
 import json, sys

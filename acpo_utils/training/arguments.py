@@ -23,6 +23,8 @@ AT_LEAST = {
     "adam_beta2": 0,
     "adam_weight_decay": 0,
     "adam_epsilon": 0,
+    "adversarial_epsilon": 0,
+    "gradient_norm_weight": 0,
     "max_grad_norm": 0,  # 0: no clipping
     "rank": 1,
     "seed": 0,
@@ -38,6 +40,7 @@ AT_LEAST = {
     "max_train_samples": 1,
     "max_validation_samples": 2,
     "max_test_samples": 2,
+    "max_robustness_samples": 2,
     "dataloader_num_workers": 0,
     # ACPO
     "tmax": 1,

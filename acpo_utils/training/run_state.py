@@ -31,6 +31,8 @@ MEASURED = {
     "balance_steps",
     "group_column",
     "mismatch_column",
+    "reference_column",
+    "max_robustness_samples",
     "max_validation_samples",
     "max_test_samples",
 }

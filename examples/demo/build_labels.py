@@ -17,8 +17,9 @@ What the label (`mos`, 0 to 5, higher is better) is, and what it is not:
 
 `train`: seen concepts, each image once with a true and once with a false prompt. `validation` and `test`: each image
 with a true prompt and with every kind of false one, by the same template; images of new combinations of seen concepts
-(one half each), and in `test` also of concepts that no training image shows (column `part`). The words of false
-prompts are always those of the training split: between two names that it has never read no evaluator can choose.
+(one half each), and in `test` also of concepts that no training image shows (column `part`). Each has its undistorted
+drawing beside it (column `reference`; None in `train`, where nothing asks for it). The words of false prompts are always
+those of the training split: between two names that it has never read no evaluator can choose.
 """
 
 import argparse
@@ -61,6 +62,7 @@ FEATURES = Features(
         "mismatch": Value("string"),
         "part": Value("string"),
         "image_id": Value("int32"),
+        "reference": Image(),
     }
 )
 
@@ -96,6 +98,13 @@ def damage(
     return PILImage.fromarray(after), kind, level, unchanged if change < INVISIBLE else scores[kind, level]
 
 
+def png(image: PILImage.Image) -> dict:
+    """A cell of an image column."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
 def labelled_rows(
     rows: list[dict],
     mismatches: list[str] | None,
@@ -113,8 +122,8 @@ def labelled_rows(
     labelled = []
     for number, row in enumerate(rows):
         image, kind, level, quality = damage(row["image"], scores, undistorted, rng)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        picture = png(image)
+        reference = None if part == "train" else png(row["image"])
         kinds = mismatches or ["none", rng.choices(list(MISMATCHES)[1:], weights=(3, 3, 3, 1))[0]]
         shared_template = rng.choice(FULL_TEMPLATES)
         for mismatch in kinds:
@@ -126,7 +135,7 @@ def labelled_rows(
             labelled.append(
                 {attribute: row[attribute] for attribute in ATTRIBUTES}
                 | {
-                    "image": {"bytes": buffer.getvalue(), "path": None},
+                    "image": picture,
                     "prompt": caption(told, template),
                     "mos": label(quality, mismatch),
                     "distortion": kind,
@@ -134,6 +143,7 @@ def labelled_rows(
                     "mismatch": mismatch,
                     "part": part,
                     "image_id": number,
+                    "reference": reference,
                 }
             )
         progress.update()

@@ -4,9 +4,9 @@
     python examples/demo/build_photo_ratings.py
 
 Writes train.parquet, validation.parquet and test.parquet with image (PNG), mos (0 to 100: `kadid.distorted_photographs`),
-distortion, level and photograph: about 2.4 GB, in about twenty minutes of one core (estimated, from 120 pictures and from
-1,247 training rows), and as much again in the cache of `datasets` once they are opened. The photographs keep their licences
-(photos/README.md).
+distortion, level, photograph and, for validation and test, reference (the photograph undistorted): about 2.8 GB, in about
+twenty minutes of one core (estimated, from 120 pictures and from 1,247 training rows), and as much again in the cache of
+`datasets` once they are opened. The photographs keep their licences (photos/README.md).
 """
 
 import argparse

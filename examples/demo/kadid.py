@@ -33,6 +33,7 @@ FEATURES = datasets.Features(
         "distortion": datasets.Value("string"),
         "level": datasets.Value("int64"),
         "photograph": datasets.Value("string"),
+        "reference": datasets.Image(),
     }
 )
 
@@ -76,9 +77,9 @@ def distorted_photographs(
 ) -> datasets.Dataset:
     """Every photograph of a parquet file (columns image, name) under each of the 125 conditions, rated.
 
-    Columns: image (PNG), mos (0 to 100), distortion, level, photograph. Made once, in about 0.06 s a picture (0.025 s
-    with a window of 256), and kept in the cache of `datasets`. A row depends on (`seed`, photograph, distortion,
-    level) alone.
+    Columns: image (PNG), mos (0 to 100), distortion, level, photograph, reference (the photograph as it is; None with a
+    window, where nothing asks for it). Made once, in about 0.06 s a picture (0.025 s with a window of 256), and kept in the
+    cache of `datasets`. A row depends on (`seed`, photograph, distortion, level) alone.
 
     Args:
         max_samples: that many rows, drawn by `seed`, in place of all.
@@ -160,4 +161,5 @@ def _distort_all(
             "distortion": name,
             "level": level,
             "photograph": source[row]["name"],
+            "reference": source[row]["image"] if window is None else None,
         }

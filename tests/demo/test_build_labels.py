@@ -107,8 +107,12 @@ def test_the_script(labels, scores, tmp_path):
     assert len(train) == 120 and train["mismatch"][:].count("none") == 60
     assert all(0 < mos <= 5 for mos in test["mos"])
     assert set(test["part"]) == {"new_combinations", "unseen_concepts"}
+    assert train["reference"][:] == [None] * 120
+    for kind in ("none", "white_noise"):  # each test row has its drawing as it was
+        row = next(row for row in test if row["distortion"] == kind)
+        assert (row["reference"].tobytes() == row["image"].tobytes()) == (kind == "none")
     groups: dict[int, list[dict]] = {}
-    for row in test.remove_columns("image").to_list():
+    for row in test.remove_columns(["image", "reference"]).to_list():
         groups.setdefault(row["image_id"], []).append(row)
     for rows in groups.values():
         assert sorted(row["mismatch"] for row in rows) == sorted(labels.MISMATCHES)

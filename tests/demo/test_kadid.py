@@ -58,12 +58,14 @@ def test_refusals(table, tmp_path, monkeypatch):
 def test_rows_are_the_photographs_distorted_and_rated(table, photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(table.parents[2]), *sys.path])
     whole = kadid.distorted_photographs(photographs, max_samples=20, seed=3, cache_dir=str(tmp_path / "a"))
-    assert whole.column_names == ["image", "mos", "distortion", "level", "photograph"] and len(whole) == 20
+    columns = ["image", "mos", "distortion", "level", "photograph", "reference"]
+    assert whole.column_names == columns and len(whole) == 20
     scores = kadid.mean_opinion_scores()
     source = {row["name"]: row["image"] for row in Dataset.from_parquet(str(photographs))}
     for row in whole:
         assert row["mos"] == scores[row["distortion"], row["level"]]
         assert row["image"].size == source[row["photograph"]].size
+        assert np.array_equal(np.asarray(row["reference"]), np.asarray(source[row["photograph"]]))
     row = next(row for row in whole if row["distortion"] not in kadid.OF_THE_WHOLE)
     number, name = int(row["photograph"][-1]), row["distortion"]
     rng = np.random.default_rng((3, number, DISTORTIONS.index(name), row["level"]))
@@ -73,4 +75,5 @@ def test_rows_are_the_photographs_distorted_and_rated(table, photographs, tmp_pa
     # Fewer rows, in another run: those that both have are the same.
     again = kadid.distorted_photographs(photographs, seed=3, cache_dir=str(tmp_path / "b"), window=32)
     assert len(again) == 250 and {image.size for image in again["image"]} == {(32, 32)}
+    assert again["reference"][:] == [None] * 250
     assert len({np.asarray(image).tobytes() for image in again["image"]}) > 200

@@ -125,6 +125,25 @@ def test_equation_2_on_a_convolutional_tower(tmp_path, trunk, stages):
     torch.testing.assert_close(again.score(images, CAPTIONS), model.score(images, CAPTIONS), atol=1e-2, rtol=0)
 
 
+def test_one_image_alone_has_the_gradient_that_it_has_among_others(tmp_path):
+    """torch's batch normalisation misread it on the CPU: the score of one image had the gradient of no image."""
+    folder = build_clip_folder(
+        tmp_path, vision={"timm_model_name": "test_efficientnet", "timm_proj": "linear", "image_size": 64}
+    )
+    model = IPCE.from_open_clip(str(folder)).requires_grad_(False)
+    images = random_images(3, 3, 64, 64)
+
+    def gradient(images, prompts):
+        inputs = images.clone().requires_grad_(True)
+        (found,) = torch.autograd.grad(model.score(inputs, prompts).sum(), inputs)
+        return found
+
+    together = gradient(images, CAPTIONS)
+    assert together.abs().mean() > 0
+    alone = torch.cat([gradient(image, [caption]) for image, caption in zip(images.split(1), CAPTIONS)])
+    torch.testing.assert_close(alone, together, atol=1e-4 * together.abs().max().item(), rtol=0)
+
+
 def test_a_tower_without_inner_layers_is_refused(tmp_path):
     folder = build_clip_folder(
         tmp_path, vision={"layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "image_size": 32}

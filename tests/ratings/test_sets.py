@@ -255,6 +255,20 @@ def test_csv(tmp_path):
     plain_csv(tmp_path / "ratings.csv")
     row = by_name(read_rating_set("csv", tmp_path / "ratings.csv", target="quality", scale=(1, 5)))["7.png"]
     assert (row["mos"], row["std"], row["generator"], row["quality"]) == (2.75, None, None, 2.75)
+    assert row["reference"] is None
+
+
+def test_a_csv_may_name_originals(tmp_path):
+    """Paths from the csv's folder, one original of several images, none of some."""
+    rows = [[f"pictures/{i}.png", f"prompt {i // 2}", 1 + i / 4, ["originals/a.png", ""][i % 2]] for i in range(12)]
+    plain_csv(tmp_path / "ratings.csv", ("image", "prompt", "mos", "reference"), rows)
+    write_images(tmp_path / "originals", ["a.png"])
+    found = by_name(read_rating_set("csv", tmp_path / "ratings.csv", target="quality", scale=(1, 5)))
+    assert found["6.png"]["reference"] == str(tmp_path / "originals/a.png") and found["7.png"]["reference"] is None
+    (tmp_path / "originals/a.png").unlink()
+    with pytest.raises(ValueError, match="row 2: expected reference .*originals/a.png, found none") as error:
+        read_rating_set("csv", tmp_path / "ratings.csv", target="quality", scale=(1, 5))
+    assert "\n" not in str(error.value)
 
 
 # --- what is refused

@@ -90,6 +90,8 @@ def test_rows_of_a_stage(tmp_path):
     limited = read_stages([f"csv:{first}+csv:{second}"], max_samples={"train": 5, "validation": None})[0]
     assert [len(limited.of_set("train", index)) for index in (0, 1)] == [5, 5]
 
+    assert both.splits["test"]["reference"][:] == [None] * 4
+
     with pytest.raises(ValueError, match="--target: expected one value, or one for each of the 1 stages"):
         read_stages([f"csv:{first}"], targets=["quality", "alignment"])
     (tmp_path / "first/3.png").write_bytes(b"no picture")
@@ -233,6 +235,7 @@ def test_script_in_stages_and_resumed(tmp_path):
     part = metrics["stages"][1]["sets"]["second"]
     assert set(part) == {"validation", "test", "map"} and set(part["test"]["groups"]) <= {"a", "b"}
     assert part["test"]["count"] == 2 and {"srcc", "plcc", "krcc", "rmse"} <= set(part["test"])
+    assert part["test"]["robustness"]["count"] == 2 and part["test"]["direction"]["count"] == 0
     assert (whole / "stage-2/scatter-second.png").is_file() and (whole / "scatter-second.png").is_file()
     card = (whole / "README.md").read_text()
     assert "stage 1, first, validation" in card and "stages: first; first + second." in card

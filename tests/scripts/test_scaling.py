@@ -281,6 +281,24 @@ def test_the_two_stream_training_is_one_that_accumulates(world, launched, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ipce", "two-stream"])
+def test_adversarial_training_is_one_with_twice_the_batch(world, tmp_path, kind):
+    """No statistics of a batch, so that it holds for the two-stream evaluator too; what an attack is, each process finds."""
+    options = world[kind] | {"adversarial_epsilon": 2, "gradient_norm_weight": 1e-3}
+    if kind == "two-stream":
+        torch.manual_seed(5)
+        TwoStreamIQA(widths=(4, 6, 8, 8), fusion_width=8).save_pretrained(tmp_path / "start")
+        options["init_evaluator"] = tmp_path / "start"
+    two = two_processes(kind, options, tmp_path / "two")
+    twice = one_process(kind, options | {"train_batch_size": 4}, tmp_path / "twice")
+    assert curve(*two) == pytest.approx(curve(twice), rel=1e-4)
+    assert logged(two[0], "gradient_norm") == pytest.approx(logged(two[1], "gradient_norm"), rel=1e-6)
+    assert len(logged(twice, "gradient_norm")) == STEPS
+    assert logged(two[0], "grad_norm") == pytest.approx(logged(twice, "grad_norm"), rel=1e-3)
+    assert difference(tmp_path / "two" / KINDS[kind][1], tmp_path / "twice" / KINDS[kind][1]) < 1e-5
+
+
+@pytest.mark.slow
 def test_one_process_does_not_go_on_from_two(world, launched, tmp_path):
     _, folder = launched("ddpm")
     shutil.copytree(folder / "checkpoint-2", tmp_path / "fewer" / "checkpoint-2")

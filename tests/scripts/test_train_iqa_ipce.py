@@ -136,13 +136,15 @@ def test_training_files_and_resume(clip, rated, tmp_path):
 
 
 def test_image_folder_frozen_towers_and_default_head(clip, tmp_path):
-    """Pictures with metadata.csv and no splits: prompts are split; frozen towers stay as they were; fp16 storage."""
+    """Pictures with metadata.csv and no splits: prompts are split; frozen towers stay as they were; fp16 storage. The
+    originals are named there."""
     folder = tmp_path / "pictures"
-    folder.mkdir()
-    lines = ["file_name,prompt,mos"]
+    (folder / "originals").mkdir(parents=True)
+    lines = ["file_name,prompt,mos,reference_file_name"]
     for i, row in enumerate(rated_rows(12, seed=5)):
         row["image"].save(folder / f"{i}.png")
-        lines.append(f"{i}.png,{row['prompt']} {i // 2},{row['mos'] * 20}")
+        PILImage.new("RGB", row["image"].size, COLOURS["red"]).save(folder / f"originals/{i}.png")
+        lines.append(f"{i}.png,{row['prompt']} {i // 2},{row['mos'] * 20},originals/{i}.png")
     (folder / "metadata.csv").write_text("\n".join(lines))
     output = run_script(
         SCRIPT, "--clip_model", clip, "--train_data_dir", folder, "--output_dir", tmp_path / "out", "--mos_range", 0, 100,
@@ -156,6 +158,25 @@ def test_image_folder_frozen_towers_and_default_head(clip, tmp_path):
     assert changed == {"visual.proj"}
     assert saved["a"].item() != 10.0 and saved["layer_logits"].shape == (3,)
     assert load_evaluator(str(tmp_path / "out")).config.head == "alignment_structure"
+    test = json.loads((tmp_path / "out/metrics.json").read_text())["test"]
+    assert test["direction"]["count"] == test["robustness"]["count"] == 2 and -1 < test["direction"]["all"] < 1
+
+
+def test_adversarial_and_resume(clip, rated, tmp_path):
+    """Attacked in all that the CLIP looks at, and by the gradient's norm: exact on resume; not what it is without."""
+    whole, cut, plain = tmp_path / "whole", tmp_path / "cut", tmp_path / "plain"
+    more = ["--head", "prompt_levels", "--num_crops", 1, "--eval_num_crops", 1, "--report_to", "none"]
+    robust = [*more, "--adversarial_epsilon", 2, "--gradient_norm_weight", 1e-4]
+    run_script(SCRIPT, *flags(clip, rated, whole), *robust)
+    shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
+    shutil.copytree(whole / "best", cut / "best")
+    run_script(SCRIPT, *flags(clip, rated, cut), *robust, "--resume_from_checkpoint", "latest")
+    run_script(SCRIPT, *flags(clip, rated, plain, steps=2), *more)
+    ends = [load_file(run / "checkpoint-4/model.safetensors") for run in (whole, cut)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert (whole / "metrics.json").read_text() == (cut / "metrics.json").read_text()
+    robust, plain = (load_file(run / "checkpoint-2/model.safetensors") for run in (whole, plain))
+    assert not torch.equal(robust["clip.visual.conv1.weight"], plain["clip.visual.conv1.weight"])
 
 
 def test_ten_steps_that_are_not_finite_end_the_run(clip, rated, tmp_path, monkeypatch):

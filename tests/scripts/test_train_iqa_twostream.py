@@ -99,11 +99,50 @@ def test_training_files_and_resume(rated, tmp_path):
         assert scatter.size[0] > 300
     card = (whole / "README.md").read_text()
     assert f"{metrics['test']['srcc']:.3f}" in card and "scatter.png" in card
+    # Eight test rows, all of them attacked; they have no originals.
+    assert metrics["test"]["robustness"]["srcc"] == pytest.approx(metrics["test"]["srcc"])
+    assert metrics["test"]["robustness"]["count"] == 8 and metrics["test"]["direction"]["all"] is None
+    for text in (card, output):
+        assert "| test | 8 | 4 |" in text and "Rows without originals" in text
 
     assert "already at step 4" in refused(SCRIPT, *flags(rated, whole), "--resume_from_checkpoint", "latest")
     (cut / "checkpoint-4/optimizer.bin").write_bytes(b"damaged")
     assert "optimizer.bin" in refused(SCRIPT, *flags(rated, cut, steps=6), "--resume_from_checkpoint", "latest")
     assert "holds checkpoint-4 of an earlier run" in refused(SCRIPT, *flags(rated, cut))
+
+
+def test_adversarial_and_resume(rated, tmp_path):
+    """From a trained evaluator, attacked and by the gradient's norm: exact on resume, its batch normalisation as it was."""
+    torch.manual_seed(1)
+    TwoStreamIQA(widths=(4, 6, 8, 8), fusion_width=8).save_pretrained(tmp_path / "start")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = ["--init_evaluator", tmp_path / "start", "--adversarial_epsilon", 3, "--gradient_norm_weight", 1e-3]
+    run_script(SCRIPT, *flags(rated, whole), *more, "--mixed_precision", "bf16")
+    shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
+    options = [*flags(rated, cut), *more, "--mixed_precision", "bf16", "--resume_from_checkpoint", "latest"]
+    line = refused(SCRIPT, *options, "--adversarial_epsilon", 0, "--gradient_norm_weight", 0)
+    assert "--adversarial_epsilon 3.0 (now 0.0), --gradient_norm_weight 0.001 (now 0.0)" in line
+    shutil.copytree(whole / "best", cut / "best")
+    run_script(SCRIPT, *options)
+    assert equal_states(whole / "checkpoint-4", cut / "checkpoint-4")
+    assert (whole / "metrics.json").read_text() == (cut / "metrics.json").read_text()
+    start = load_file(tmp_path / "start/diffusion_pytorch_model.safetensors")
+    end = load_file(whole / "checkpoint-4/model.safetensors")
+    statistics = [name for name in start if "running_" in name or "num_batches" in name]
+    assert statistics and all(torch.equal(start[name], end[name]) for name in statistics)
+    assert not torch.equal(start["fusion.0.weight"], end["fusion.0.weight"])
+
+
+def test_the_flags_at_nothing_change_nothing(rated, tmp_path, monkeypatch):
+    """Left out or 0, no adversarial part is entered, and the weights are the same bit for bit."""
+    for name in ("adversarial_loss", "fix_batch_norm"):
+        monkeypatch.setattr(f"acpo_utils.ratings.training.{name}", None)
+    run_script(SCRIPT, *flags(rated, tmp_path / "out", steps=2))
+    zeros = ["--adversarial_epsilon", 0, "--gradient_norm_weight", 0, "--max_robustness_samples", 3]
+    run_script(SCRIPT, *flags(rated, tmp_path / "zeros", steps=2), *zeros)
+    assert equal_states(tmp_path / "out/checkpoint-2", tmp_path / "zeros/checkpoint-2")
+    counts = [json.loads((tmp_path / f"{name}/metrics.json").read_text())["test"] for name in ("out", "zeros")]
+    assert [test["robustness"]["count"] for test in counts] == [8, 3]
 
 
 def test_the_demo(tmp_path, monkeypatch):
@@ -135,11 +174,14 @@ def test_the_demo(tmp_path, monkeypatch):
     table.with_suffix(".away").rename(table)
     with fresh_process():
         options = ["--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out", "--train_batch_size", 4]
-        words = map(str, [*WIDTHS, *options, "--max_train_steps", 2, "--max_validation_samples", 12])
+        limits = ["--max_validation_samples", 12, "--max_robustness_samples", 20]
+        words = map(str, [*WIDTHS, *options, "--max_train_steps", 2, *limits])
         script.main(script.parse_args(list(words)))
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["validation"]["count"] == 12 and metrics["test"]["count"] == 250
     assert len(metrics["test"]["groups"]) == 25
+    direction = metrics["test"]["direction"]  # to the photograph as it was, where a distortion shows
+    assert metrics["test"]["robustness"]["count"] == 20 and 10 < direction["count"] <= 20 and direction["all"] < 0.5
     assert {group["count"] for group in metrics["test"]["groups"].values()} == {10}
     card = (tmp_path / "out/README.md").read_text()
     assert "nobody has rated these pictures" in card and "| test, lens_blur | 10 |" in card
@@ -218,4 +260,12 @@ def test_refusals(rated, tmp_path):
     assert "several" in refused(SCRIPT, *out, "--train_data_dir", rated, "--dataset_name", "x/y")
     assert "expected at least 64 x 64 pixels" in refused(SCRIPT, *out, "--train_data_dir", rated, "--resolution", 64)
     assert "--group_column where" in refused(SCRIPT, *out, "--train_data_dir", rated, "--group_column", "where")
+    line = refused(SCRIPT, *out, "--train_data_dir", rated, "--reference_column", "original")
+    assert "--reference_column original: expected one of" in line
+    assert "expected images, or reference_file_name" in refused(
+        SCRIPT, *out, "--train_data_dir", rated, "--reference_column", "part"
+    )
+    line = refused(SCRIPT, *out, "--train_data_dir", rated, "--adversarial_epsilon", 3)
+    assert "keep the statistics of batch normalisation as they are: train an evaluator without them first" in line
+    assert "--gradient_norm_weight: expected at least 0" in refused(SCRIPT, *out, "--gradient_norm_weight", -1)
     assert not list(tmp_path.glob("out/checkpoint-*"))
