@@ -37,7 +37,7 @@ from acpo_utils.evaluators import guide_parts, guide_score, load_guide, part_sco
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.lora import check_target_modules
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
-from acpo_utils.training.arguments import check_numbers, check_objective, read_demo_settings
+from acpo_utils.training.arguments import at_step, check_numbers, check_objective, read_demo_settings
 from acpo_utils.training.ema import ema_weights, register_ema_hooks
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.guide_check import check_guide
@@ -188,6 +188,7 @@ def parse_args(input_args=None):
         "--guide_perturbation", type=float, default=0.0, help="score x_hat at the worst point so many 255ths away, too"
     )
     add("--guide_clean_weight", type=float, default=0.5, help="the clean score's share with --guide_perturbation")
+    add("--guide_clean_weight_end", type=float, help="its share at the last step, reached on a straight line")
     add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
     add("--balance_steps", type=int, default=100, help="how often each loss's share of the gradient is measured")
     # LoRA, optimizer and EMA
@@ -480,11 +481,12 @@ def main(args):
     catch_signals(accelerator)
     batches = iter(dataloader)
     for step in progress:
+        step_args = at_step(args, step)
         for micro_step in range(args.gradient_accumulation_steps):
             batch = data.to_device(next(batches), accelerator.device)
             generator = shared_generator(args.seed, step, micro_step, accelerator)
             with accelerator.accumulate(unet):
-                loss, terms = training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator, args)
+                loss, terms = training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator, step_args)
                 shares = balance.measure(
                     terms, args.diffusion_weight, args.anchor_weight, args.quality_weight, step + 1
                 )

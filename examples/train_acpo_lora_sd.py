@@ -200,6 +200,7 @@ def parse_args(input_args=None):
         "--guide_perturbation", type=float, default=0.0, help="score x_hat at the worst point so many 255ths away, too"
     )
     add("--guide_clean_weight", type=float, default=0.5, help="the clean score's share with --guide_perturbation")
+    add("--guide_clean_weight_end", type=float, help="its share at the last step, reached on a straight line")
     add("--scored_guidance", action="store_true", help="guide the scored step as sampling is guided")
     add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
     add("--balance_steps", type=int, default=100, help="how often each loss's share of the gradient is measured")
@@ -445,13 +446,22 @@ def main(args):
     )
     catch_signals(accelerator)
     for step in progress:
-        anchor_weight = anchor_budget.weight
+        anchor_weight, step_args = anchor_budget.weight, at_step(args, step)
         for micro_step in range(args.gradient_accumulation_steps):
             batch = data.to_device(next(batches), accelerator.device) | {"negative_conditions": negative_conditions}
             generator = shared_generator(args.seed, step, micro_step, accelerator)
             with accelerator.accumulate(unet):
                 loss, terms = training_step(
-                    batch, unet, vae, decoder, text_encoder, evaluator, noise_scheduler, generator, anchor_weight, args
+                    batch,
+                    unet,
+                    vae,
+                    decoder,
+                    text_encoder,
+                    evaluator,
+                    noise_scheduler,
+                    generator,
+                    anchor_weight,
+                    step_args,
                 )
                 shares = balance.measure(terms, args.diffusion_weight, anchor_weight, args.quality_weight, step + 1)
                 accelerator.backward(loss)

@@ -1,5 +1,6 @@
 """What all scripts do with their arguments: the least that each number may be, and the demo's settings from their file."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -50,6 +51,7 @@ AT_LEAST = {
     "diffusion_weight": 0,
     "guide_perturbation": 0,
     "guide_clean_weight": 0,
+    "guide_clean_weight_end": 0,
     "late_steps": 1,
     "late_backprop_steps": 1,
     "decode_batch_size": 1,
@@ -117,14 +119,26 @@ def check_objective(args) -> None:
         raise ValueError("--diffusion_timesteps late needs --late_start data: a sampled latent has no known noise")
     if args.diffusion_timesteps == "late" and not args.diffusion_weight:
         raise ValueError("--diffusion_timesteps late has no effect with --diffusion_weight 0")
-    if args.guide_clean_weight > 1:
-        raise ValueError(f"--guide_clean_weight: expected a share from 0 to 1, found {args.guide_clean_weight}")
+    for name in ("guide_clean_weight", "guide_clean_weight_end"):
+        if (getattr(args, name) or 0) > 1:
+            raise ValueError(f"--{name}: expected a share from 0 to 1, found {getattr(args, name)}")
     if args.late_backprop_steps and args.late_backprop_steps > args.late_steps:
         raise ValueError(
             f"--late_backprop_steps: expected at most --late_steps {args.late_steps}, found {args.late_backprop_steps}"
         )
     if args.push_to_hub and args.report_to == "wandb" and args.hub_token:
         raise ValueError("--hub_token would be logged by wandb: use `hf auth login` instead")
+
+
+def at_step(args, step: int):
+    """The settings in force at `step`, counted from 0: `args`, with --guide_clean_weight on its way to
+    --guide_clean_weight_end, on a straight line from the first step to the last."""
+    if args.guide_clean_weight_end is None:
+        return args
+    share = step / max(1, args.max_train_steps - 1)
+    in_force = copy.copy(args)
+    in_force.guide_clean_weight = (1 - share) * args.guide_clean_weight + share * args.guide_clean_weight_end
+    return in_force
 
 
 def read_demo_settings(file: Path, given) -> dict:

@@ -9,6 +9,7 @@ import pytest
 from acpo_utils.training.arguments import (
     ABOVE_ZERO,
     AT_LEAST,
+    at_step,
     check_numbers,
     check_objective,
     read_demo_settings,
@@ -78,7 +79,7 @@ def objective(**changes):
     values = {"quality_weight": 0.1, "anchor_weight": 1.0, "diffusion_weight": 1.0, "evaluator": ["a"]}
     values |= {"evaluator_weight": None, "anchor_budget": None, "late_start": "data", "diffusion_timesteps": "full"}
     values |= {"late_steps": 4, "late_backprop_steps": None, "push_to_hub": False, "report_to": "wandb"}
-    values |= {"hub_token": "secret", "guide_perturbation": 0.0, "guide_clean_weight": 0.5}
+    values |= {"hub_token": "secret", "guide_perturbation": 0.0, "guide_clean_weight": 0.5, "guide_clean_weight_end": None}
     return Namespace(**values | changes)
 
 
@@ -104,6 +105,7 @@ WEIGHTS_OF_ZERO = {"quality_weight": 0, "anchor_weight": 0, "diffusion_weight": 
         ({"late_backprop_steps": 5}, "--late_backprop_steps: expected at most --late_steps 4, found 5"),
         ({"push_to_hub": True}, "--hub_token would be logged by wandb"),
         ({"guide_clean_weight": 1.5}, "--guide_clean_weight: expected a share from 0 to 1, found 1.5"),
+        ({"guide_clean_weight_end": 2.0}, "--guide_clean_weight_end: expected a share from 0 to 1, found 2.0"),
     ],
     ids=str,
 )
@@ -145,6 +147,16 @@ def test_the_weights_of_several_guides_sum_to_1():
     args = objective(evaluator=None, quality_weight=0)
     check_objective(args)
     assert args.evaluator_weight is None
+
+
+def test_the_clean_share_grows_on_a_straight_line():
+    args = SimpleNamespace(guide_clean_weight=0.2, guide_clean_weight_end=None, max_train_steps=4)
+    assert at_step(args, 3) is args
+    args.guide_clean_weight_end = 0.8
+    assert [at_step(args, step).guide_clean_weight for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert args.guide_clean_weight == 0.2, "what is recorded of the run stays"
+    args.max_train_steps = 1
+    assert at_step(args, 0).guide_clean_weight == 0.2
 
 
 def test_the_demos_settings_are_a_file_beside_the_demo(tmp_path):
