@@ -35,7 +35,7 @@ def expand_panel(specs: Sequence[str]) -> list[str]:
 def check_metric(spec: str) -> None:
     """Raises ValueError, in one line, unless `spec` names a metric (`NAMES`), and its folder, if it has one, exists."""
     kind, _, rest = spec.partition(":")
-    if spec in MEMBERS:
+    if spec in ("panel", *MEMBERS):
         return
     if kind in ALONE:
         if spec != kind:

@@ -29,14 +29,14 @@ def prompts(tmp_path):
     return tmp_path / "prompts.txt"
 
 
-def test_outputs_checkpoints_and_comparison(sd_flags, lora_of, tmp_path, tiny_pipeline):
+def test_outputs_checkpoints_and_comparison(sd_flags, lora_of, tmp_path, tiny_pipeline, captioned_images):
     """By the README's `accelerate launch`; the other tests run the script in this process."""
-    (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\na green wall\n")
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2"]
     flags = sd_flags(
         checkpointing_steps=1,
         checkpoints_total_limit=2,
-        eval_prompts=tmp_path / "prompts.txt",
+        eval_prompts=f"{captioned_images}/train.parquet",  # with real images
+        num_eval_prompts=3,
         num_inference_steps=2,
         validation_prompt="a red wall",
         validation_steps=2,
@@ -54,7 +54,8 @@ def test_outputs_checkpoints_and_comparison(sd_flags, lora_of, tmp_path, tiny_pi
     guide = metrics["comparisons"]["guide"]
     assert 0 < guide["base_mean"] < 5 and f"{guide['finetuned_mean']:.4f}" in out
     assert metrics["sets"]["drift"][0] > 0 and f"{metrics['sets']['drift'][0]:.3g}" in out
-    assert "acpo" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "acpo" in card and metrics["panel"]["pixel-mse"]["n"] == 3 and "| pixel-mse ↓ |" in card
 
     weights = lora_of()
     assert all(name.startswith("unet.") and "lora" in name for name in weights)
