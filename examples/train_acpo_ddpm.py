@@ -25,7 +25,6 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from acpo_utils import check_min_version, data, ddpm, late_step, losses
 from acpo_utils.anchor import base_prediction
@@ -42,7 +41,7 @@ from acpo_utils.training.ema import ema_weights, register_ema_hooks
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.guide_check import check_guide
 from acpo_utils.training.optimizer import build_optimizer
-from acpo_utils.training.run import log_images, mean_terms, start_run, use_all_cpus
+from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run, use_all_cpus
 
 
 check_min_version("0.2.0")
@@ -472,12 +471,7 @@ def main(args):
     if args.anchor_weight or args.quality_weight:
         window = f"{args.last_steps} of {args.ddpm_num_inference_steps} sampling steps"
         logger.info(f"  late window: t < {args.tmax}, {window}")
-    progress = tqdm(
-        range(first_step, args.max_train_steps),
-        initial=first_step,
-        total=args.max_train_steps,
-        disable=not accelerator.is_local_main_process,
-    )
+    progress = progress_bar(first_step, args.max_train_steps, accelerator)
     catch_signals(accelerator)
     batches = iter(dataloader)
     for step in progress:
@@ -486,7 +480,15 @@ def main(args):
             batch = data.to_device(next(batches), accelerator.device)
             generator = shared_generator(args.seed, step, micro_step, accelerator)
             with accelerator.accumulate(unet):
-                loss, terms = training_step(batch, unet, base_unet, evaluator, noise_scheduler, generator, step_args)
+                loss, terms = training_step(
+                    batch,
+                    unet,
+                    base_unet,
+                    evaluator,
+                    noise_scheduler,
+                    generator,
+                    step_args,
+                )
                 shares = balance.measure(
                     terms, args.diffusion_weight, args.anchor_weight, args.quality_weight, step + 1
                 )

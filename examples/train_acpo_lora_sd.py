@@ -16,7 +16,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import SchedulerType
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from acpo_utils import check_min_version, data, late_step, lora, losses
 from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
@@ -38,13 +37,13 @@ from acpo_utils.families.latents import (
 from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.sharding import SHARDED, WEIGHT_DTYPES, full_weights, prepare
-from acpo_utils.training.arguments import read_demo_settings
+from acpo_utils.training.arguments import at_step, read_demo_settings
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.guide_check import check_guide, decoded_examples
 from acpo_utils.training.hacking_alarm import HackingAlarm
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
-from acpo_utils.training.run import log_images, mean_terms, start_run, use_all_cpus
+from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run, use_all_cpus
 from acpo_utils.training.text_to_image import add_lora, check_text_to_image, load_data
 
 
@@ -438,12 +437,7 @@ def main(args):
         f"{sum(parameter.numel() for parameter in lora_parameters)} trained parameters, "
         f"steps {first_step}..{args.max_train_steps}"
     )
-    progress = tqdm(
-        range(first_step, args.max_train_steps),
-        initial=first_step,
-        total=args.max_train_steps,
-        disable=not accelerator.is_local_main_process,
-    )
+    progress = progress_bar(first_step, args.max_train_steps, accelerator)
     catch_signals(accelerator)
     for step in progress:
         anchor_weight, step_args = anchor_budget.weight, at_step(args, step)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from filelock import FileLock, Timeout
 from torchvision.utils import save_image
+from tqdm.auto import tqdm
 
 from acpo_utils.checkpoints import find_checkpoint
 from acpo_utils.files import atomic_write
@@ -164,6 +165,12 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def progress_bar(first_step: int, num_steps: int, accelerator) -> tqdm:
+    """Over the steps from `first_step` of so many, shown by one process of each machine."""
+    steps = range(first_step, num_steps)
+    return tqdm(steps, initial=first_step, total=num_steps, disable=not accelerator.is_local_main_process)
 
 
 def mean_terms(accelerator, terms: dict[str, torch.Tensor]) -> dict[str, float]:

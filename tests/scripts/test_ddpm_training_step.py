@@ -27,6 +27,7 @@ DEFAULTS = {
     "late_backprop_steps": None,
     "guide_perturbation": 0.0,
     "guide_clean_weight": 0.5,
+    "guide_clean_weight_end": None,
     "gradient_checkpointing": False,
     "snr_gamma": None,
     "ddpm_num_inference_steps": 5,

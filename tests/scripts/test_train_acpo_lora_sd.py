@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from acpo_utils.evaluators import TwoStreamIQA
 from acpo_utils.lora import LORA_NAME, load_lora, save_lora
-from tests.launching import EXAMPLES, launch, refused, run_script
+from tests.launching import EXAMPLES, fresh_process, launch, refused, run_script
 from tests.tiny_models import tiny_taesd, tiny_unet
 
 
@@ -99,6 +99,21 @@ def test_a_copy_in_an_empty_folder_runs_and_weights_of_zero_are_a_plain_lora_run
     run_script(copy.name, *sd_flags(evaluator=None, quality_weight=0, anchor_weight=0))
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
     assert f"the demo's is not at {copy.parent / 'demo'}: clone the repository" in refused(copy)
+
+
+def test_the_clean_share_grows_over_the_run(sd_flags, tmp_path, monkeypatch):
+    shares, step = [], script.training_step
+
+    def watched(*inputs):
+        shares.append(inputs[-1].guide_clean_weight)
+        return step(*inputs)
+
+    monkeypatch.setattr(script, "training_step", watched)
+    growing = {"guide_perturbation": 2, "guide_clean_weight": 0.2, "guide_clean_weight_end": 0.8}
+    with fresh_process():
+        script.main(script.parse_args(sd_flags(max_train_steps=3, **growing)))
+    assert shares == pytest.approx([0.2, 0.5, 0.8])
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["guide_clean_weight"] == 0.2
 
 
 def test_the_baseline_is_scored_by_the_guide_that_did_not_train_it(sd_flags, prompts, tmp_path):

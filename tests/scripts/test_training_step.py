@@ -25,6 +25,7 @@ DEFAULTS = {
     "late_backprop_steps": None,
     "guide_perturbation": 0.0,
     "guide_clean_weight": 0.5,
+    "guide_clean_weight_end": None,
     "scored_guidance": False,
     "decode": "full",
     "decode_batch_size": None,

@@ -79,7 +79,12 @@ def objective(**changes):
     values = {"quality_weight": 0.1, "anchor_weight": 1.0, "diffusion_weight": 1.0, "evaluator": ["a"]}
     values |= {"evaluator_weight": None, "anchor_budget": None, "late_start": "data", "diffusion_timesteps": "full"}
     values |= {"late_steps": 4, "late_backprop_steps": None, "push_to_hub": False, "report_to": "wandb"}
-    values |= {"hub_token": "secret", "guide_perturbation": 0.0, "guide_clean_weight": 0.5, "guide_clean_weight_end": None}
+    values |= {
+        "hub_token": "secret",
+        "guide_perturbation": 0.0,
+        "guide_clean_weight": 0.5,
+        "guide_clean_weight_end": None,
+    }
     return Namespace(**values | changes)
 
 
@@ -150,7 +155,7 @@ def test_the_weights_of_several_guides_sum_to_1():
 
 
 def test_the_clean_share_grows_on_a_straight_line():
-    args = SimpleNamespace(guide_clean_weight=0.2, guide_clean_weight_end=None, max_train_steps=4)
+    args = Namespace(guide_clean_weight=0.2, guide_clean_weight_end=None, max_train_steps=4)
     assert at_step(args, 3) is args
     args.guide_clean_weight_end = 0.8
     assert [at_step(args, step).guide_clean_weight for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
