@@ -1,7 +1,9 @@
-"""The picture at the head of the README: base, ACPO with its anchor, and without it, from the same prompts and noise.
+r"""The picture at the head of the README: base, ACPO with its anchor, and without it, from the same prompts and noise,
+beside the drawing that a person made for the prompt.
 
-    accelerate launch examples/train_acpo_lora_sd.py --tmax 100
-    accelerate launch examples/train_acpo_lora_sd.py --tmax 100 --anchor_weight 0 --output_dir acpo-lora-sd-no-anchor
+    accelerate launch examples/train_acpo_lora_sd.py --tmax 100 --max_train_steps 120 --output_dir acpo-lora-sd-120
+    accelerate launch examples/train_acpo_lora_sd.py --tmax 100 --max_train_steps 120 --anchor_weight 0 \
+        --output_dir acpo-lora-sd-no-anchor
     python examples/demo/anchor_picture.py
 
 Which four of the held-out prompts are shown is a rule and no choice: of the first 64, those whose guide's gain, with the
@@ -16,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from acpo_utils.data import read_prompts
+from acpo_utils.evaluation.real_images import read_prompt_images
 from acpo_utils.evaluation.sampling import sample_images, score_images
 from acpo_utils.evaluators import load_evaluator, load_judges
 from acpo_utils.families.stable_diffusion import build_pipeline, load
@@ -61,13 +64,13 @@ def sharpest_window(image):
 
 
 def draw(path, prompts, images, scores, rows):
-    """Two prompts beside each other, each with its three images, their scores, and a window of each below."""
+    """Two prompts beside each other, each with its images, their scores, and a window of each below."""
     names = list(images)
-    figure = Figure(figsize=(12, 8.6), layout="constrained", dpi=110)
-    blocks = figure.subfigures(2, 2, wspace=0.04, hspace=0.03)
+    figure = Figure(figsize=(15.5, 8.8), layout="constrained", dpi=110)
+    blocks = figure.subfigures(2, 2, wspace=0.03, hspace=0.03)
     for block, row in zip(blocks.flat, rows):
         block.suptitle(textwrap.shorten(prompts[row], 60), fontsize=11)
-        axes = block.subplots(2, len(names), gridspec_kw={"height_ratios": (1, 0.75)})
+        axes = block.subplots(2, len(names), gridspec_kw={"height_ratios": (1, 1)})
         top, left = sharpest_window(images["base"][row])
         for column, name in enumerate(names):
             image = images[name][row].permute(1, 2, 0).numpy()
@@ -83,8 +86,12 @@ def draw(path, prompts, images, scores, rows):
 
 
 def main(args):
-    prompts = read_prompts(DEMO / "data" / "new_combinations.parquet")[: args.num_prompts]
+    prompt_file = DEMO / "data" / "new_combinations.parquet"
+    prompts = read_prompts(prompt_file)[: args.num_prompts]
     images = sample_models(args, prompts)
+    side = images["base"].shape[-1]
+    real = read_prompt_images(prompt_file, len(prompts), size=(side, side))
+    images["a real drawing"] = torch.stack([real[row] for row in range(len(prompts))])
     evaluators = {"guide": load_evaluator(f"ipce:{DEMO / 'guide'}")} | load_judges([str(DEMO / "judge")])
     scores = {
         metric: {name: score_images(evaluator, pictures, prompts, "cpu") for name, pictures in images.items()}
@@ -100,7 +107,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lora", type=Path, default="acpo-lora-sd")
+    parser.add_argument("--lora", type=Path, default="acpo-lora-sd-120")
     parser.add_argument("--no_anchor_lora", type=Path, default="acpo-lora-sd-no-anchor")
     parser.add_argument("--output", type=Path, default="docs/anchor.png")
     parser.add_argument("--num_prompts", type=int, default=64)
