@@ -95,6 +95,8 @@ def build_models(family):
         )
         unet.add_adapter(lora_config)
     vae.requires_grad_(False)
+    for model in (unet, vae):  # as the scripts have them
+        model.to(memory_format=torch.channels_last)
     return unet, vae, vae, torch.nn.ModuleList()
 
 

@@ -157,7 +157,7 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def _warn_about_long_captions(self) -> None:
         # Here and not in __getitem__, so that it is said once and before training, however many workers there are.
-        tokenizer = as_list(self.tokenizer)[0]  # a family's others cut off at the same length
+        tokenizer = _as_list(self.tokenizer)[0]  # a family's others cut off at the same length
         limit = tokenizer.model_max_length
         captions = []
         for caption in self.dataset[self.caption_column][:]:
@@ -195,14 +195,14 @@ class CaptionedImages(torch.utils.data.Dataset):
         return item
 
 
-def as_list(tokenizer) -> list:
+def _as_list(tokenizer) -> list:
     return tokenizer if isinstance(tokenizer, list) else [tokenizer]
 
 
 def token_ids(tokenizer, prompts: list[str]) -> dict[str, torch.Tensor]:
     """{"input_ids": (B, L)} of one tokenizer; of a list of them "input_ids_2" and so on as well."""
     names = ("input_ids", "input_ids_2", "input_ids_3")
-    return {name: tokenize(one, prompts) for name, one in zip(names, as_list(tokenizer))}
+    return {name: tokenize(one, prompts) for name, one in zip(names, _as_list(tokenizer))}
 
 
 def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:

@@ -152,9 +152,7 @@ class StepCost:
         unet, vae = self._fake(self.models[0], half or torch.float32), self._fake(self.models[1])
         decoder = self.models[2]
         if args.decode == "tiny" and not isinstance(decoder, AutoencoderTiny):
-            decoder = taesd(
-                len(vae.config.block_out_channels), vae.config.latent_channels
-            )  # a suggestion: of that size
+            decoder = taesd(len(vae.config.block_out_channels), vae.config.latent_channels)  # a suggestion
         decoder = self._fake(decoder, WEIGHT_DTYPES.get(args.decode_dtype))
         if half:
             unet.forward = convert_outputs_to_fp32(torch.autocast(self.device.type, half)(unet.forward))

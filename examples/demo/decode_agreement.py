@@ -1,6 +1,6 @@
 """How well the guide's gradient through a cheap decode agrees with that through the VAE: cosines on the embedded pipeline.
 
-    python examples/demo/decode_agreement.py --tiny_vae examples/demo/tiny-vae
+    python examples/demo/decode_agreement.py --tiny_vae examples/demo/tiny-vae  # or without it
 
 Held-out drawings are noised to t < 100, the base U-Net estimates z_0_hat (eq. 5), and the guide scores its decode. The
 gradient of the score with respect to z_0_hat is what trains a LoRA; its direction is compared with the full decode's, image

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from diffusers import StableDiffusionXLPipeline as SDXL
 from peft import LoraConfig
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from acpo_utils.anchor import base_prediction
-from acpo_utils.data import CaptionedImages, collate, load_captioned_images, token_ids
+from acpo_utils.data import CachedLatents, CaptionedImages, collate, load_captioned_images, token_ids
 from acpo_utils.families import sdxl, stable_diffusion
 from acpo_utils.families.latents import encode_images
 from acpo_utils.late_step import decode_latents, denoise_late_steps, rollout_late_latents, without_prompt
@@ -293,3 +294,23 @@ def test_distilled_models_are_told_by_name_schedule_or_unet(tmp_path):
     scheduler = EulerAncestralDiscreteScheduler(timestep_spacing="trailing", beta_schedule="scaled_linear")
     saved = load(save_tiny_sdxl(tmp_path / "saved", scheduler=scheduler))
     assert "trailing" in sdxl.distilled(str(tmp_path / "saved"), saved[0], saved[4])
+
+
+def test_kept_items_are_those_of_the_images_themselves(folder, tmp_path):
+    """Of a picture whose crop lies elsewhere once it is mirrored, with two captions."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (32, 45, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": [f"wall {i}", f"door {i}"]}) for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    dataset = load_captioned_images(train_data_dir=str(tmp_path))
+    _, tokenizers, text_encoders, vae, _, _ = load(folder)
+    options = {"num_samples": 30, "seed": 1, "random_flip": True, "describe_crop": sdxl.time_ids}
+    images = CaptionedImages(dataset, tokenizers, 32, center_crop=True, **options)
+    cached = CachedLatents(dataset, tokenizers, 32, tmp_path / "latents", **options)
+    cached.build(vae, text_encoders, Accelerator(cpu=True), sdxl.encode_prompts)
+    batch, kept = (collate([items[n] for n in range(30)]) for items in (images, cached))
+    assert torch.equal(kept["time_ids"], batch["time_ids"])
+    assert set(batch["time_ids"][:, 3].tolist()) == {6, 7} and kept["prompts"] == batch["prompts"]
+    for name, value in sdxl.encode_prompts(batch, text_encoders).items():
+        torch.testing.assert_close(kept[name], value, atol=1e-5, rtol=0)

@@ -1,0 +1,39 @@
+"""The estimate without weights: its rows, what each flag saves, at tiny sizes."""
+
+import json
+
+import estimate_step as script
+
+from acpo_utils.evaluators import load_evaluator
+from tests.launching import EXAMPLES, refused
+
+
+def test_rows_fall_as_the_flags_promise(tiny_guide, monkeypatch, tmp_path):
+    """With a narrow U-Net, told narrow embeddings; the VAE is of its real size."""
+    sdxl = script.FAMILIES["sdxl"]
+    narrow = {
+        "block_out_channels": (32, 32, 32),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+        "transformer_layers_per_block": (1, 1, 1),
+        "layers_per_block": 1,
+        "projection_class_embeddings_input_dim": 16 + 6 * 256,
+    }
+    conditions = {"prompt_embeds": (1, 77, 16), "pooled_prompt_embeds": (1, 16), "time_ids": (1, 6)}
+    monkeypatch.setitem(sdxl, "unet", sdxl["unet"] | narrow)
+    monkeypatch.setitem(sdxl, "conditions", conditions)
+    monkeypatch.setattr(script, "build_guide", lambda: load_evaluator(f"ipce:{tiny_guide}").requires_grad_(False))
+    flags = ["--family", "sdxl", "--resolution", "256", "--output_file", str(tmp_path / "cost.json")]
+    script.main(script.parse_args(flags))
+    rows = json.loads((tmp_path / "cost.json").read_text())
+    lora, shipped, late, bf16, crop, tiny = rows
+    assert [row["step"] for row in rows] == list(script.VARIANTS)
+    assert lora["of the LoRA step"] == 1
+    assert shipped["TFLOP"] > late["TFLOP"] == bf16["TFLOP"] > crop["TFLOP"] > tiny["TFLOP"] > lora["TFLOP"]
+    assert late["GiB"] > max(bf16["GiB"], crop["GiB"], tiny["GiB"])
+    assert all(row["GiB"] > row["GiB, --gradient_checkpointing"] > 0 for row in rows)
+
+
+def test_the_familys_own_size_and_mistakes():
+    assert script.parse_args([]).resolution == 1024 and script.parse_args(["--family", "sd"]).resolution == 512
+    assert "--resolution as a multiple of 64" in refused(EXAMPLES / "estimate_step.py", "--resolution", 100)
