@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from torchvision.transforms.functional import center_crop
 
 from acpo_utils.evaluators.open_clip_models import (
     build_clip,
@@ -133,7 +132,9 @@ class IPCE(ModelMixin, ConfigMixin):
         if self.config.head == "alignment_structure" or num_crops == 0:
             return whole, whole.new_zeros(len(images), 0, 3, height, width)
         longest = LONGEST_STRIP * min(images.shape[-2:])
-        images = center_crop(images, [min(side, longest) for side in images.shape[-2:]])
+        for axis in (-2, -1):
+            side = min(images.shape[axis], longest)
+            images = images.narrow(axis, (images.shape[axis] - side) // 2, side)
         enlargement = max(1.0, self.config.crop_resolution / min(images.shape[-2:]))
         images = self._resize(images, tuple(round(side * enlargement) for side in images.shape[-2:]))
         stride = self.config.crop_stride

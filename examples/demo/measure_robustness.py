@@ -21,9 +21,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from acpo_utils.data import read_image
 from acpo_utils.evaluation.sampling import sample_images
 from acpo_utils.evaluators import load_evaluator
+from acpo_utils.families.loading import DTYPE
 from acpo_utils.files import atomic_write, parquet_errors
 from acpo_utils.ratings.robustness import check_originals, measure_robustness, robustness_tables, rows_to_measure
-from acpo_utils.stable_diffusion import DTYPE
 
 
 DEMO = Path(__file__).parent
