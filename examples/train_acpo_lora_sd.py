@@ -200,7 +200,12 @@ def parse_args(input_args=None):
     )
     add("--guide_clean_weight", type=float, default=0.5, help="the clean score's share with --guide_perturbation")
     add("--guide_clean_weight_end", type=float, help="its share at the last step, reached on a straight line")
-    add("--scored_guidance", action="store_true", help="guide the scored step as sampling is guided")
+    add(
+        "--scored_guidance",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="guide the scored step as sampling is guided",
+    )
     add("--snr_gamma", type=float, help="min-SNR weighting of L_diff")
     add("--balance_steps", type=int, default=100, help="how often each loss's share of the gradient is measured")
     add(
