@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "acpo_utils"
 # From the ground up. A module imports from lower layers, or from its own folder.
 LAYERS = [
     {"losses", "anchor", "randomness", "files", "statistics", "sharding"},
-    {"late_step", "families", "lora", "checkpoints", "data", "evaluators", "ablations"},
+    {"late_step", "flow_matching", "families", "lora", "checkpoints", "data", "evaluators", "ablations"},
     {"ratings", "evaluation", "ddpm", "hub"},
     {"training"},
 ]

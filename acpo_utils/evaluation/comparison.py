@@ -32,6 +32,7 @@ def compare_models(
     events: dict,
     predictor: Callable[..., Callable] = stable_diffusion.predictor,
     resolution: int | None = None,
+    **more,
 ) -> tuple[str, list[str]]:
     """Samples with the LoRA off and on from the same noise, and compares: comparison.png, metrics.json, a printed table.
 
@@ -41,7 +42,7 @@ def compare_models(
         scorers: evaluators by name, each a row of the table; None is left out. The first one's scores stand under the
             pictures, so it should be the guide.
         device: where the evaluators are. events: what else of the run belongs into metrics.json, by name.
-        predictor: the family's, as in `prediction_drift`. resolution: as in `sample_images`.
+        predictor: the family's, as in `prediction_drift`. resolution, more: as in `sample_images`.
     Returns:
         The table as markdown, with the drift below it (`prediction_drift`), and the names of the pictures in `output_dir`.
     Raises ValueError as `paired_comparison` does.
@@ -57,6 +58,7 @@ def compare_models(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         resolution=resolution,
+        **more,
     )
     with without_adapter(denoiser(pipeline)):
         base_images = sample(description="sampling the base model")  # (n, 3, H, W) in [0, 1]

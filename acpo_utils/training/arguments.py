@@ -67,7 +67,7 @@ AT_LEAST = {
     "ddpm_num_steps": 1,
     "ddpm_num_inference_steps": 1,
 }
-ABOVE_ZERO = ("lora_alpha", "anchor_budget", "snr_gamma", "ema_inv_gamma", "ema_power")
+ABOVE_ZERO = ("lora_alpha", "anchor_budget", "snr_gamma", "logit_std", "ema_inv_gamma", "ema_power")
 
 
 def check_numbers(args, **least: float) -> None:
