@@ -92,9 +92,10 @@ def load(
 def has_t5(source: str, revision: str | None) -> bool:
     """Whether the pipeline's model_index.json names a third text encoder, or its folder of parts has one."""
     try:
-        return StableDiffusion3Pipeline.load_config(source, revision=revision)["text_encoder_3"][0] is not None
-    except (OSError, KeyError):
+        index = StableDiffusion3Pipeline.load_config(source, revision=revision)
+    except OSError:
         return not Path(source).is_dir() or Path(source, "text_encoder_3").is_dir()
+    return index.get("text_encoder_3", [None])[0] is not None
 
 
 def _check_configs(source: str, revision: str | None) -> None:
