@@ -70,15 +70,7 @@ def training_step(
 
     if anchor_weight or args.quality_weight or args.diffusion_timesteps == "late":
         late_latents, late_sigmas = sample_late_latents(  # (B, 16, h, w)  z_t and (B,)  sigma < tmax / 1000
-            latents,
-            noise,
-            conditions,
-            batch["negative_conditions"],
-            transformer,
-            vae,
-            noise_scheduler,
-            generator,
-            args,
+            latents, noise, conditions, batch, transformer, vae, noise_scheduler, generator, args
         )
         if anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
             base_pred = base_prediction(  # (B, 16, h, w)  v_theta
@@ -145,9 +137,7 @@ def guided_velocity(transformer, conditions, negative_conditions, guidance_scale
     return negative_pred + guidance_scale * (pred - negative_pred)
 
 
-def sample_late_latents(
-    latents, noise, conditions, negative_conditions, transformer, vae, noise_scheduler, generator, args
-):
+def sample_late_latents(latents, noise, conditions, batch, transformer, vae, noise_scheduler, generator, args):
     """z_t (B, 16, h, w) and its sigma (B,), sigma < tmax / 1000: a noised real latent, or the current model's own sample."""
     if args.late_start == "data":
         late_sigmas = flow_matching.sample_late_sigmas(len(latents), args.tmax, generator, latents.device)
@@ -155,7 +145,7 @@ def sample_late_latents(
     embeds = conditions["prompt_embeds"]
     shape = latents_shape(vae, len(embeds), args.resolution)
     return flow_matching.rollout_late_latents(
-        partial(guided_velocity, transformer, conditions, negative_conditions, args.guidance_scale),
+        partial(guided_velocity, transformer, conditions, batch["negative_conditions"], args.guidance_scale),
         sd3.schedule(noise_scheduler, shape, args.num_inference_steps),
         batch_randn(shape, generator, embeds.device, embeds.dtype),
         tmax=args.tmax,
@@ -423,9 +413,7 @@ def main(args):
         num_training_steps=args.max_train_steps,
     )
     transformer, optimizer, lr_scheduler = prepare(accelerator, transformer, optimizer, lr_scheduler)
-    lora_parameters = [
-        parameter for parameter in transformer.parameters() if parameter.requires_grad
-    ]  # FSDP2 replaces them
+    lora_parameters = [p for p in transformer.parameters() if p.requires_grad]  # FSDP2 replaces them
     lora.register_lora_hooks(accelerator, transformer, save_lora, load_lora)
 
     alarm = HackingAlarm(

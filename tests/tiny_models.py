@@ -12,6 +12,8 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -186,7 +188,7 @@ def save_tiny_sdxl(folder: Path, **overrides) -> str:
     return str(folder)
 
 
-# --- Flow matching: Stable Diffusion 3
+# --- Flow matching: Stable Diffusion 3 and FLUX.1
 
 
 def tiny_flow_vae(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
@@ -284,6 +286,43 @@ def tiny_sd3(**overrides) -> StableDiffusion3Pipeline:
 def save_tiny_sd3(folder: Path, **overrides) -> str:
     """A Stable Diffusion 3 folder."""
     tiny_sd3(**overrides).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_flux_transformer(seed: int = 0, **overrides) -> FluxTransformer2DModel:
+    """Told of `tiny_flux`'s text encoders, a CLIP 32 wide and a T5 48 wide, and of the guidance scale."""
+    torch.manual_seed(seed)
+    config = {
+        "in_channels": 64,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "pooled_projection_dim": 32,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 4, 8),
+    }
+    return FluxTransformer2DModel(**(config | overrides))
+
+
+def tiny_flux(**overrides) -> FluxPipeline:
+    """As FLUX.1-dev: a shift that depends on the size."""
+    parts = {
+        "vae": tiny_flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": seeded(tiny_text_encoder()),
+        "text_encoder_2": tiny_t5(48),
+        "tokenizer": tiny_tokenizer(),
+        "tokenizer_2": tiny_t5_tokenizer(),
+        "transformer": tiny_flux_transformer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+    return FluxPipeline(**(parts | overrides))
+
+
+def save_tiny_flux(folder: Path, **overrides) -> str:
+    """A FLUX.1 folder."""
+    tiny_flux(**overrides).save_pretrained(folder)
     return str(folder)
 
 

@@ -15,7 +15,11 @@ DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40.0") else "torch_dty
 # In the names of models that were distilled to few steps, lower case.
 DISTILLED = ("turbo", "lightning", "hyper-sd", "hypersd", "lcm", "dmd", "flash", "schnell")
 # What a pipeline of each class is called, where it is not the plain one.
-FAMILIES = {"StableDiffusionXLPipeline": "Stable Diffusion XL", "StableDiffusion3Pipeline": "Stable Diffusion 3"}
+FAMILIES = {
+    "StableDiffusionXLPipeline": "Stable Diffusion XL",
+    "StableDiffusion3Pipeline": "Stable Diffusion 3",
+    "FluxPipeline": "FLUX.1",
+}
 # How the names of a family's pipelines begin, the longer ones first, and the script that is made for it.
 SCRIPTS = {
     "StableDiffusionXL": "train_acpo_lora_sdxl.py",
@@ -23,7 +27,8 @@ SCRIPTS = {
     "StableDiffusion": "train_acpo_lora_sd.py",
     "DDPM": "train_acpo_ddpm.py",
     "DDIM": "train_acpo_ddpm.py",
-    "Flux": "diffusers' train_dreambooth_lora_flux.py, without ACPO",
+    "Flux2": "diffusers' train_dreambooth_lora_flux2.py, without ACPO",
+    "Flux": "train_acpo_lora_flux.py",
 }
 
 

@@ -35,6 +35,7 @@ AT_LEAST = {
     "lock_text_unlocked_layers": 0,
     "split_seed": 0,
     "resolution": 1,
+    "max_sequence_length": 1,
     "max_train_samples": 1,
     "max_validation_samples": 2,
     "max_test_samples": 2,

@@ -25,8 +25,8 @@ def check_text_to_image(args) -> None:
 
 def check_flow_matching(args) -> None:
     """The flags that only the scripts of flow-matching models have. Raises ValueError, in one line."""
-    if not 1 <= args.max_sequence_length <= 512:
-        raise ValueError(f"--max_sequence_length: expected 1 to 512 tokens, found {args.max_sequence_length}")
+    if args.max_sequence_length > 512:  # the pipelines' limit
+        raise ValueError(f"--max_sequence_length: expected at most 512 tokens, found {args.max_sequence_length}")
     if args.weighting_scheme == "sigma_sqrt" and args.diffusion_timesteps == "late":
         raise ValueError(
             "--weighting_scheme sigma_sqrt weighs by 1 / sigma^2, which has no bound near sigma = 0: it needs "

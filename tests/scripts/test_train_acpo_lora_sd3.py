@@ -329,7 +329,7 @@ BAD_INPUT = {
         "1 sampling steps (--num_inference_steps) end at sigma = 1.000, none below --tmax 250 / 1000: take at least 2",
     ),
     "tmax": ({"tmax": 5}, "end at sigma = 0.009, none below --tmax 5 / 1000: take a larger --tmax, which no number"),
-    "tokens": ({"max_sequence_length": 513}, "--max_sequence_length: expected 1 to 512 tokens, found 513"),
+    "tokens": ({"max_sequence_length": 513}, "--max_sequence_length: expected at most 512 tokens, found 513"),
     "weights": (
         {"weighting_scheme": "sigma_sqrt", "diffusion_timesteps": "late"},
         "--weighting_scheme sigma_sqrt weighs by 1 / sigma^2",
