@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from acpo_utils.anchor import base_prediction, without_adapter
-from acpo_utils.data import token_ids
+from acpo_utils.data import CaptionedImages, load_captioned_images, token_ids
 from acpo_utils.evaluation.denoising_error import prediction_drift
 from acpo_utils.families import sd3, sdxl
 from acpo_utils.families.latents import encode_images
@@ -132,6 +132,20 @@ def test_a_rollout_and_the_steps_after_it_are_the_pipelines_own_latents(folder, 
     torch.testing.assert_close(*pictures, atol=1e-6, rtol=0)
     torch.testing.assert_close(decode_latents(vae, last), pictures[0], atol=1e-4, rtol=0)
     assert len(noise_scheduler.sigmas) == 1000, "the training's own is not sampled with"
+
+
+def test_a_caption_that_t5_reads_to_its_end_is_not_called_truncated(tiny_sd3_pipeline, captioned_images, caplog):
+    """Both CLIPs read 3 tokens, T5 as many as it is told."""
+    _, tokenizers, _, _, _ = load(tiny_sd3_pipeline, 200)
+    tokenizers[0].model_max_length = tokenizers[1].model_max_length = 3
+    dataset = load_captioned_images(train_data_dir=captioned_images)
+    with caplog.at_level(logging.WARNING):
+        item = CaptionedImages(dataset, tokenizers, 32, 1)[0]
+        assert [len(item[name]) for name in ("input_ids", "input_ids_2", "input_ids_3")] == [3, 3, 200]
+        assert not caplog.text
+        tokenizers[2].model_max_length = 4
+        CaptionedImages(dataset, tokenizers, 32, 1)
+        assert "longer than the tokenizer's limit of 4 tokens" in caplog.text
 
 
 def test_a_pipeline_without_t5_is_built_without_it(folder_without_t5, tmp_path):
