@@ -19,7 +19,7 @@ from acpo_utils.evaluation.denoising_error import prediction_drift
 from acpo_utils.families import sd3, sdxl
 from acpo_utils.families.latents import encode_images
 from acpo_utils.flow_matching import add_noise, denoise_late_steps, rollout_late_latents
-from acpo_utils.late_step import decode_latents, without_prompt
+from acpo_utils.late_step import decode_latents, lora_below, without_prompt
 from acpo_utils.lora import load_lora, read_lora_config, save_lora
 from acpo_utils.losses import anchor_loss
 from tests.tiny_models import save_tiny_sd3, tiny_sd3_transformer
@@ -260,6 +260,25 @@ def test_a_window_at_small_sigmas_hardly_moves_a_latent(folder):
     assert (noisy[1] - latents[1]).abs().max() < 0.01
     exact = denoise_late_steps(None, noise - latents, torch.tensor([0.25, 0.001]), noisy)
     torch.testing.assert_close(exact, latents, atol=1e-5, rtol=0)
+
+
+def test_the_lora_can_act_in_its_window_alone(tiny_sd3_pipeline, tmp_path):
+    """`lora_below` goes by the scheduler's timesteps, which are 1000 sigma."""
+    transformer = tiny_sd3_transformer()
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"], init_lora_weights=False))
+    save_lora(transformer, tmp_path, SD3)
+    pipeline, acts = quiet(SD3.from_pretrained(tiny_sd3_pipeline)), {}
+    pipeline.load_lora_weights(tmp_path)
+    layer = pipeline.transformer.transformer_blocks[0].attn.to_q
+    pipeline.transformer.register_forward_pre_hook(
+        lambda model, args, given: acts.update({given["timestep"][0].item(): not layer.disable_adapters}),
+        with_kwargs=True,
+    )
+    callback = lora_below(pipeline, 250)
+    pipeline(
+        "a fox", num_inference_steps=12, height=32, width=32, max_sequence_length=24, callback_on_step_end=callback
+    )
+    assert len(acts) == 12 and acts == {timestep: timestep < 250 for timestep in acts} and sum(acts.values()) == 2
 
 
 # --- What is refused

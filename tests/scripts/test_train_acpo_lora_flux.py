@@ -3,6 +3,7 @@
 What it has in common with train_acpo_lora_sd3.py, all but the lines that the last test names, is tested there.
 """
 
+import contextlib
 import json
 import shutil
 from argparse import Namespace
@@ -108,6 +109,20 @@ def test_which_guidance_and_clock_the_transformer_is_told(world, monkeypatch, ch
         assert len(late) == before + 2
     grid = world.pipeline.scheduler.sigmas
     assert len(grid) == 1000 and torch.isin(clock[-1], grid).all()
+
+
+@pytest.mark.parametrize("late_start", ["data", "rollout"])
+def test_all_of_a_step_is_on_the_models_device(world, monkeypatch, late_start):
+    """Which is "meta" here, that takes no tensor of another; it has no autocast, and the guide's tokens are real."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(world.guide, "score", lambda images, prompts: images.mean((1, 2, 3)).sigmoid())
+    kept = flux.encode_prompts(world.batch, world.models[3]) | {"pixel_values": world.batch["pixel_values"]}
+    world.batch |= script.data.to_device(kept, "meta")
+    for model in world.models[:2]:
+        model.to("meta")
+    loss, terms = world.step(late_start=late_start)
+    loss.backward()
+    assert {term.device.type for term in terms.values()} == {"meta"}
 
 
 def test_prompts_alone_train_by_samples(world):

@@ -1,5 +1,6 @@
 """The Stable Diffusion 3 script on tiny models: what it trains by, what it writes, that it repeats itself, what it refuses."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -182,6 +183,24 @@ def test_which_sigmas_the_transformer_is_told(world, monkeypatch, case):
     else:  # anchor, prompt, no prompt; then half way to 0, with and without
         assert told == [False, False, True, False, True, False]
         torch.testing.assert_close(late[3], late[0] / 2)
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_all_of_a_step_is_on_the_models_device(world, monkeypatch, case):
+    """Which is "meta" here, that takes no tensor of another; it has no autocast, and the guide's tokens are real."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(world.evaluator, "score", lambda images, prompts: images.mean((1, 2, 3)).sigmoid())
+    empty = world.batch.pop("negative_conditions")
+    for name in ("input_ids", "input_ids_2", "input_ids_3"):
+        del world.batch[name]
+    kept = {name: rows.expand(2, *rows.shape[1:]) for name, rows in empty.items()}
+    world.batch |= script.data.to_device(kept | {"pixel_values": world.batch["pixel_values"]}, "meta")
+    world.batch["negative_conditions"] = script.data.to_device(empty, "meta")
+    for model in world.models[:2]:
+        model.to("meta")
+    loss, terms = world.step(**CHANGES[case])
+    loss.backward()
+    assert {term.device.type for term in terms.values()} == {"meta"}
 
 
 def test_prompts_alone_train_by_samples(world):
