@@ -51,18 +51,26 @@ def shared_generator(seed: int, step: int, micro_step: int, accelerator) -> Shar
 
 def batch_randn(shape: tuple[int, ...], generator: torch.Generator | None, device, dtype) -> torch.Tensor:
     """`shape` (B, ...) normal numbers: this process's rows of those of the whole batch."""
-    rows, num_processes = _own_rows(shape[0], generator)
+    rows, num_processes = own_rows(shape[0], generator)
     return randn_tensor((shape[0] * num_processes, *shape[1:]), generator, torch.device(device), dtype)[rows]
 
 
 def batch_randint(high: int, batch_size: int, generator: torch.Generator | None, device) -> torch.Tensor:
     """(B,) integers, uniform in 0 <= n < high: this process's rows of those of the whole batch."""
-    rows, num_processes = _own_rows(batch_size, generator)
+    rows, num_processes = own_rows(batch_size, generator)
     drawn_on = generator.device if generator is not None else device
     return torch.randint(high, (batch_size * num_processes,), generator=generator, device=drawn_on)[rows].to(device)
 
 
-def _own_rows(batch_size: int, generator: torch.Generator | None) -> tuple[slice, int]:
+def batch_rand(batch_size: int, generator: torch.Generator | None, device) -> torch.Tensor:
+    """(B,) numbers in fp32, uniform in 0 <= u < 1: this process's rows of those of the whole batch."""
+    rows, num_processes = own_rows(batch_size, generator)
+    drawn_on = generator.device if generator is not None else device
+    return torch.rand(batch_size * num_processes, generator=generator, device=drawn_on)[rows].to(device)
+
+
+def own_rows(batch_size: int, generator: torch.Generator | None) -> tuple[slice, int]:
+    """Which rows of the whole batch are this process's, `batch_size` of them, and the number of processes."""
     rank, num_processes = getattr(generator, "rank", 0), getattr(generator, "num_processes", 1)
     return slice(rank * batch_size, (rank + 1) * batch_size), num_processes
 

@@ -14,7 +14,14 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from tqdm.auto import tqdm
 
@@ -57,6 +64,34 @@ FAMILIES = {
             "time_ids": (1, 6),
         },
     },
+    "sd3": {  # 3.5, medium
+        "script": "train_acpo_lora_sd3.py",
+        "resolution": 1024,
+        "transformer_class": SD3Transformer2DModel,
+        "transformer": {
+            "sample_size": 128,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+        "conditions": {
+            "prompt_embeds": (1, 77 + 256, 4096),
+            "pooled_prompt_embeds": (1, 2048),
+        },
+    },
+    "flux": {  # FLUX.1-dev
+        "script": "train_acpo_lora_flux.py",
+        "resolution": 1024,
+        "transformer_class": FluxTransformer2DModel,
+        "transformer": {"guidance_embeds": True},
+        "conditions": {
+            "prompt_embeds": (1, 512, 4096),
+            "pooled_prompt_embeds": (1, 768),
+        },
+    },
 }
 # Flags for each row, beside --cache_latents: the first is a plain LoRA step.
 VARIANTS = {
@@ -79,24 +114,38 @@ def load_script(name):
 
 def build_models(family):
     """On the meta device, frozen but for the LoRA; the text encoders are off the device, as after --cache_latents."""
+    flow_matching = "transformer" in family
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**family["unet"]).requires_grad_(False)
+        if flow_matching:
+            unet = family["transformer_class"](**family["transformer"]).requires_grad_(False)
+        else:
+            unet = UNet2DConditionModel(**family["unet"]).requires_grad_(False)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=2,
-            latent_channels=4,
+            latent_channels=16 if flow_matching else 4,
         )
         lora_config = LoraConfig(
             r=4,
             lora_alpha=4,
-            target_modules=["to_k", "to_q", "to_v", "to_out.0"],
+            target_modules=[
+                "to_k",
+                "to_q",
+                "to_v",
+                "to_out.0",
+                "add_k_proj",
+                "add_q_proj",
+                "add_v_proj",
+                "to_add_out",  # of the transformers
+            ],
         )
         unet.add_adapter(lora_config)
     vae.requires_grad_(False)
     for model in (unet, vae):  # as the scripts have them
-        model.to(memory_format=torch.channels_last)
+        if model is vae or not flow_matching:
+            model.to(memory_format=torch.channels_last)
     return unet, vae, vae, torch.nn.ModuleList()
 
 
@@ -135,6 +184,9 @@ def estimate(args):
     """[{column: number or text}], a row for each of `VARIANTS`: TFLOP for each image, GiB of the whole batch."""
     family = FAMILIES[args.family]
     script = load_script(family["script"])
+    noise_scheduler = DDPMScheduler(clip_sample=False)
+    if "transformer" in family:
+        noise_scheduler = FlowMatchEulerDiscreteScheduler()
     guide = build_guide()
     images = torch.rand(1, 3, args.resolution, args.resolution)
     guide.score(images, ["a prompt"])  # whose embedding is kept from here on
@@ -142,7 +194,7 @@ def estimate(args):
         script.training_step,
         models=build_models(family),
         guide=(guide, images, ["a prompt"]),
-        noise_scheduler=DDPMScheduler(clip_sample=False),
+        noise_scheduler=noise_scheduler,
         conditions={name: torch.zeros(shape) for name, shape in family["conditions"].items()},
         device=torch.device("cpu"),
     )

@@ -48,6 +48,22 @@ def tiny_sdxl_pipeline(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3_pipeline(tmp_path_factory) -> str:
+    """A Stable Diffusion 3 folder of real classes at a tiny size, with random weights."""
+    from tests.tiny_models import save_tiny_sd3
+
+    return save_tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_pipeline(tmp_path_factory) -> str:
+    """A FLUX.1 folder of real classes at a tiny size, with random weights."""
+    from tests.tiny_models import save_tiny_flux
+
+    return save_tiny_flux(tmp_path_factory.mktemp("tiny") / "flux")
+
+
+@pytest.fixture(scope="session")
 def tiny_guide(tmp_path_factory) -> str:
     """An IPCE folder around a tiny open_clip model with random weights."""
     from tests.tiny_models import save_tiny_guide

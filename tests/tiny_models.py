@@ -11,6 +11,11 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -25,6 +30,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -177,6 +185,144 @@ def tiny_sdxl(**overrides) -> StableDiffusionXLPipeline:
 def save_tiny_sdxl(folder: Path, **overrides) -> str:
     """A Stable Diffusion XL folder."""
     tiny_sdxl(**overrides).save_pretrained(folder)
+    return str(folder)
+
+
+# --- Flow matching: Stable Diffusion 3 and FLUX.1
+
+
+def tiny_flow_vae(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    """16 channels of latents, twice as many pixels along a side, as the VAEs of these families without quant_conv."""
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=16,
+        sample_size=32,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def tiny_clip_pair() -> dict:
+    """Two CLIPs with pooled outputs, 32 and 24 wide, and their tokenizers, which pad with different tokens."""
+    tokenizers = [tiny_tokenizer(), tiny_tokenizer()]
+    tokenizers[1].pad_token = "!"
+    torch.manual_seed(7)
+    config = {
+        "vocab_size": len(tokenizers[0]),
+        "intermediate_size": 37,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizers[0].bos_token_id,
+        "eos_token_id": tokenizers[0].eos_token_id,
+        "projection_dim": 20,
+    }
+    first = CLIPTextModelWithProjection(CLIPTextConfig(**config, hidden_size=32, num_attention_heads=4))
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**config, hidden_size=24, num_attention_heads=3))
+    return {
+        "tokenizer": tokenizers[0],
+        "tokenizer_2": tokenizers[1],
+        "text_encoder": seeded(first),
+        "text_encoder_2": seeded(second),
+    }
+
+
+def tiny_t5_tokenizer() -> T5TokenizerFast:
+    """Every printable character of ASCII is a token."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    return T5TokenizerFast(vocab=special + [(chr(code), -3.0) for code in range(33, 127)], extra_ids=0)
+
+
+def tiny_t5(width: int) -> T5EncoderModel:
+    torch.manual_seed(8)
+    return seeded(T5EncoderModel(T5Config(vocab_size=128, d_model=width, d_ff=37, d_kv=8, num_layers=2, num_heads=4)))
+
+
+def seeded(text_encoder: torch.nn.Module) -> torch.nn.Module:
+    """Weights large enough that captions differ, and the same for every version of transformers."""
+    for _, parameter in sorted(text_encoder.named_parameters()):
+        torch.nn.init.normal_(parameter, std=0.2)
+    return text_encoder
+
+
+def tiny_sd3_transformer(seed: int = 0, **overrides) -> SD3Transformer2DModel:
+    """Told of `tiny_sd3`'s text encoders: CLIPs 32 and 24 wide, pooled 20 each, and a T5 64 wide."""
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 40,
+        "pos_embed_max_size": 16,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    return SD3Transformer2DModel(**(config | overrides))
+
+
+def tiny_sd3(**overrides) -> StableDiffusion3Pipeline:
+    """Its second tokenizer pads with another token than the first. `text_encoder_3=None, tokenizer_3=None`: without T5."""
+    parts = tiny_clip_pair() | {
+        "vae": tiny_flow_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        "text_encoder_3": tiny_t5(64),
+        "tokenizer_3": tiny_t5_tokenizer(),
+        "transformer": tiny_sd3_transformer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    return StableDiffusion3Pipeline(**(parts | overrides))
+
+
+def save_tiny_sd3(folder: Path, **overrides) -> str:
+    """A Stable Diffusion 3 folder."""
+    tiny_sd3(**overrides).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_flux_transformer(seed: int = 0, **overrides) -> FluxTransformer2DModel:
+    """Told of `tiny_flux`'s text encoders, a CLIP 32 wide and a T5 48 wide, and of the guidance scale."""
+    torch.manual_seed(seed)
+    config = {
+        "in_channels": 64,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "pooled_projection_dim": 32,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 4, 8),
+    }
+    return FluxTransformer2DModel(**(config | overrides))
+
+
+def tiny_flux(**overrides) -> FluxPipeline:
+    """As FLUX.1-dev: a shift that depends on the size."""
+    parts = {
+        "vae": tiny_flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": seeded(tiny_text_encoder()),
+        "text_encoder_2": tiny_t5(48),
+        "tokenizer": tiny_tokenizer(),
+        "tokenizer_2": tiny_t5_tokenizer(),
+        "transformer": tiny_flux_transformer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+    return FluxPipeline(**(parts | overrides))
+
+
+def save_tiny_flux(folder: Path, **overrides) -> str:
+    """A FLUX.1 folder."""
+    tiny_flux(**overrides).save_pretrained(folder)
     return str(folder)
 
 

@@ -157,7 +157,8 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def _warn_about_long_captions(self) -> None:
         # Here and not in __getitem__, so that it is said once and before training, however many workers there are.
-        tokenizer = _as_list(self.tokenizer)[0]  # a family's others cut off at the same length
+        # The one that reads furthest: what it leaves out no text encoder is told.
+        tokenizer = max(_as_list(self.tokenizer), key=lambda tokenizer: tokenizer.model_max_length)
         limit = tokenizer.model_max_length
         captions = []
         for caption in self.dataset[self.caption_column][:]:

@@ -144,7 +144,7 @@ class CachedLatents(torch.utils.data.Dataset):
         return self.folder / f"latents-{number:05d}.safetensors"
 
     def _key(self, vae, text_encoder) -> dict:
-        return {
+        key = {
             "vae": _digest(vae),
             "text encoder": _digest(text_encoder),
             "data": self.dataset._fingerprint,
@@ -152,6 +152,9 @@ class CachedLatents(torch.utils.data.Dataset):
             "flips": self.random_flip,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        if isinstance(self.tokenizer, list):  # one of them may be told how long captions are: --max_sequence_length
+            key["tokens"] = [tokenizer.model_max_length for tokenizer in self.tokenizer]
+        return key
 
 
 def _is_readable(file: Path) -> bool:

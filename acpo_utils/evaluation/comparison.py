@@ -36,6 +36,7 @@ def compare_models(
     prompt_file: str | Path | None = None,
     predictor: Callable[..., Callable] = stable_diffusion.predictor,
     resolution: int | None = None,
+    **more,
 ) -> tuple[str, list[str]]:
     """Samples with the LoRA off and on from the same noise, and compares: comparison.png, metrics.json, a printed table.
 
@@ -47,7 +48,7 @@ def compare_models(
         device: where the evaluators are. events: what else of the run belongs into metrics.json, by name.
         prompt_file: from which the prompts were read, row by row. If it has their real images too (`read_prompt_images`), the
             panel's rows follow (`measure_panel`), and the real image is the third one in the picture.
-        predictor: the family's, as in `prediction_drift`. resolution: as in `sample_images`.
+        predictor: the family's, as in `prediction_drift`. resolution, more: as in `sample_images`.
     Returns:
         The table as markdown, with the drift below it (`prediction_drift`), and the names of the pictures in `output_dir`.
     Raises ValueError as `paired_comparison` does.
@@ -63,6 +64,7 @@ def compare_models(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         resolution=resolution,
+        **more,
     )
     with without_adapter(denoiser(pipeline)):
         base_images = sample(description="sampling the base model")  # (n, 3, H, W) in [0, 1]

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
+from acpo_utils import flow_matching
 from acpo_utils.anchor import base_prediction
 from acpo_utils.evaluation.set_metrics import read_images
 from acpo_utils.families import stable_diffusion
@@ -52,12 +53,19 @@ def batch_denoising_error(
 def noised(
     noise_scheduler, x0: torch.Tensor, rows: Sequence[int], seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """`x0` (B, C, h, w) at each of the `MSE_TIMESTEPS` timesteps: z_t and eps of its shape, and t (B,)."""
+    """`x0` (B, C, h, w) at each of the `MSE_TIMESTEPS` timesteps: z_t and eps of its shape, and t (B,).
+
+    Of a flow-matching scheduler at sigmas spread as evenly, which stand in the place of t.
+    """
     total = noise_scheduler.config.num_train_timesteps
     for k in range(MSE_TIMESTEPS):
-        timesteps = torch.full((len(x0),), int((k + 0.5) * total / MSE_TIMESTEPS), device=x0.device)  # (B,)
         noise = fixed_noise(x0, seed, rows, k)  # (B, C, h, w)  eps
-        yield noise_scheduler.add_noise(x0, noise, timesteps), noise, timesteps
+        if isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler):
+            sigmas = torch.full((len(x0),), (k + 0.5) / MSE_TIMESTEPS, device=x0.device)  # (B,)
+            yield flow_matching.add_noise(x0, noise, sigmas), noise, sigmas
+        else:
+            timesteps = torch.full((len(x0),), int((k + 0.5) * total / MSE_TIMESTEPS), device=x0.device)  # (B,)
+            yield noise_scheduler.add_noise(x0, noise, timesteps), noise, timesteps
 
 
 def squared_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -145,14 +153,17 @@ def prediction_drift(
     """L_anchor (eq. 7) on noised images, a mean over `MSE_TIMESTEPS` timesteps spread evenly over the whole range.
 
     Args:
-        pipeline: a text-to-image pipeline whose U-Net has a LoRA, switched on.
+        pipeline: a text-to-image pipeline whose U-Net or transformer has a LoRA, switched on.
         images: (N, 3, H, W) in [0, 1], of the size that the pipeline draws; natural are the base model's own samples.
         prompts: N strings. predictor: the family's, (pipeline, prompts, (H, W)) -> (model, latents, timesteps) -> prediction.
     Returns:
-        (N,) fp32 on the CPU, in squared units of the prediction, whose variance is about 1; 0 without a change.
+        (N,) fp32 on the CPU, in squared units of the prediction, whose variance is about 1, or 2 of a velocity eps - x0;
+            0 without a change.
     """
     unet, vae, device = denoiser(pipeline), pipeline.vae, denoiser(pipeline).device
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # whatever it is sampled with
+    noise_scheduler = pipeline.scheduler
+    if not isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler):
+        noise_scheduler = DDPMScheduler.from_config(noise_scheduler.config)  # whatever it is sampled with
     drift = []
     for start in tqdm(range(0, len(images), batch_size), desc="measuring the drift"):
         rows = range(start, min(start + batch_size, len(images)))

@@ -23,10 +23,11 @@ def sample_images(
     guidance_scale: float = 7.5,
     description: str = "sampling",
     resolution: int | None = None,
+    **more,
 ) -> torch.Tensor:
     """(N, 3, H, W) fp32 images in [0, 1] on the CPU. Prompt i starts from noise (seed, i), whatever the batch size.
 
-    H = W = `resolution`; None: the size that is the pipeline's own.
+    H = W = `resolution`; None: the size that is the pipeline's own. `more`: what else the pipeline is called with.
     """
     images = []
     pipeline.set_progress_bar_config(disable=True)
@@ -41,6 +42,7 @@ def sample_images(
                 width=resolution,
                 generator=[step_generator(seed, start + i) for i in range(len(chunk))],
                 output_type="pt",
+                **more,
             )
             images.append(image_tensor(output.images))
             progress.update(len(chunk))

@@ -21,14 +21,21 @@ def latents_shape(vae: AutoencoderKL, batch_size: int, resolution: int) -> tuple
 
 
 def check_sizes(noise_scheduler, vae, unet, tmax: int, resolution: int, decode_size: int | None) -> None:
-    """Raises ValueError, in one line, for a late window or sizes in pixels that the models cannot do."""
+    """Raises ValueError, in one line, for a late window or sizes in pixels that the models cannot do.
+
+    `unet`: a U-Net, whose levels halve the sides, or a transformer, whose tokens are patches of 2 x 2 latents.
+    """
     total = noise_scheduler.config.num_train_timesteps
     if not 1 <= tmax <= total:
         raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {tmax}")
     factor = latent_factor(vae)
-    multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    levels = len(unet.config.get("block_out_channels", (1, 1)))
+    multiple = factor * 2 ** (levels - 1)
     if resolution < 1 or resolution % multiple:
-        raise ValueError(f"--resolution must be a multiple of {multiple} for this VAE and U-Net, got {resolution}")
+        raise ValueError(f"--resolution must be a multiple of {multiple} for this model, got {resolution}")
+    largest = multiple * unet.config.get("pos_embed_max_size", resolution)  # positions of a Stable Diffusion 3
+    if resolution > largest:
+        raise ValueError(f"--resolution must be at most {largest} for this transformer, got {resolution}")
     if decode_size and (decode_size % factor or not 0 < decode_size <= resolution):
         raise ValueError(f"--decode_size must be a multiple of {factor} up to the resolution, got {decode_size}")
 

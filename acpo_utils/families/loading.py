@@ -12,14 +12,23 @@ from acpo_utils.files import load_strictly, one_line
 
 # What from_pretrained of diffusers calls it: "dtype" is unknown before 0.40, "torch_dtype" warns since.
 DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40.0") else "torch_dtype"
+# In the names of models that were distilled to few steps, lower case.
+DISTILLED = ("turbo", "lightning", "hyper-sd", "hypersd", "lcm", "dmd", "flash", "schnell")
+# What a pipeline of each class is called, where it is not the plain one.
+FAMILIES = {
+    "StableDiffusionXLPipeline": "Stable Diffusion XL",
+    "StableDiffusion3Pipeline": "Stable Diffusion 3",
+    "FluxPipeline": "FLUX.1",
+}
 # How the names of a family's pipelines begin, the longer ones first, and the script that is made for it.
 SCRIPTS = {
     "StableDiffusionXL": "train_acpo_lora_sdxl.py",
-    "StableDiffusion3": "diffusers' train_dreambooth_lora_sd3.py, without ACPO",
+    "StableDiffusion3": "train_acpo_lora_sd3.py",
     "StableDiffusion": "train_acpo_lora_sd.py",
     "DDPM": "train_acpo_ddpm.py",
     "DDIM": "train_acpo_ddpm.py",
-    "Flux": "diffusers' train_dreambooth_lora_flux.py, without ACPO",
+    "Flux2": "diffusers' train_dreambooth_lora_flux2.py, without ACPO",
+    "Flux": "train_acpo_lora_flux.py",
 }
 
 
@@ -63,7 +72,7 @@ def load_pipeline_parts(
             }
             scheduler_config = DDPMScheduler.load_config(source, revision=revision, subfolder="scheduler")
     except (OSError, ValueError) as error:
-        family = "Stable Diffusion XL" if "XL" in pipeline_class.__name__ else "Stable Diffusion"
+        family = FAMILIES.get(pipeline_class.__name__, "Stable Diffusion")
         raise ValueError(
             f"--pretrained_model_name_or_path: expected a {family} pipeline (hub id, folder, or .safetensors file), "
             f"{source!r} could not be loaded: {one_line(error)[:400]}{_variant_hint(source, variant)}"
@@ -122,6 +131,14 @@ def _check_family(pipeline_class: type[DiffusionPipeline], source: str, revision
 
 def _family(pipeline_name: str) -> str | None:
     return next((family for family in SCRIPTS if pipeline_name.startswith(family)), None)
+
+
+def distilled_by_name(pretrained_model_name_or_path: str) -> str | None:
+    """What in the name of a model says that it was distilled to few steps; None if nothing does. Of a path its last part."""
+    path = Path(pretrained_model_name_or_path)
+    name = (path.name if path.exists() else str(path)).lower()
+    found = [word for word in DISTILLED if word in name]
+    return f"{found[0]!r} is in its name" if found else None
 
 
 def check_channels(source: str, revision: str | None) -> dict:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -12,6 +11,7 @@ from acpo_utils.families.loading import (
     DTYPE,
     check_channels,
     check_embeddings,
+    distilled_by_name,
     latent_scheduler,
     limit_tokenizer,
     load_pipeline_parts,
@@ -28,8 +28,6 @@ PARTS = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
 }
-# In the names of models that were distilled to few steps, lower case.
-DISTILLED = ("turbo", "lightning", "hyper-sd", "hypersd", "lcm", "dmd")
 
 
 def load(
@@ -166,10 +164,8 @@ def distilled(pretrained_model_name_or_path: str, noise_scheduler, unet: UNet2DC
     Its name, a U-Net that is told the guidance scale (LCM), or a schedule that begins at the last timestep ("trailing", as
     SDXL-Turbo's and Lightning's) without the noise schedule of zero terminal SNR, which also asks for that.
     """
-    path = Path(pretrained_model_name_or_path)
-    name = (path.name if path.exists() else str(path)).lower()
-    if found := [word for word in DISTILLED if word in name]:
-        return f"{found[0]!r} is in its name"
+    if by_name := distilled_by_name(pretrained_model_name_or_path):
+        return by_name
     if unet.config.time_cond_proj_dim is not None:
         return "its U-Net takes the guidance scale as a number"
     config = noise_scheduler.config

@@ -38,6 +38,7 @@ AT_LEAST = {
     "lock_text_unlocked_layers": 0,
     "split_seed": 0,
     "resolution": 1,
+    "max_sequence_length": 1,
     "max_train_samples": 1,
     "max_validation_samples": 2,
     "max_test_samples": 2,
@@ -72,7 +73,7 @@ AT_LEAST = {
     "ddpm_num_steps": 1,
     "ddpm_num_inference_steps": 1,
 }
-ABOVE_ZERO = ("lora_alpha", "anchor_budget", "snr_gamma", "ema_inv_gamma", "ema_power")
+ABOVE_ZERO = ("lora_alpha", "anchor_budget", "snr_gamma", "logit_std", "ema_inv_gamma", "ema_power")
 
 
 def check_numbers(args, **least: float) -> None:

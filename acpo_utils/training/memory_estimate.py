@@ -56,7 +56,8 @@ def log_estimate(
             scorers = {"guide": [evaluator], "judges": list(judges.values())}
             memory = memory_parts(step_cost, scorers, args)
             available = available_memory(device, memory)
-            logger.info(memory_table(memory, available, args))
+            table = memory_table(memory, available, args)
+            logger.info(table if hasattr(models[0].config, "block_out_channels") else table.replace("U-Net", "model"))
             if sum(memory.values()) > available:
                 logger.warning(advice(step_cost, scorers, available, args, tiny_vae))
             if args.balance_steps and args.gradient_checkpointing:

@@ -76,7 +76,8 @@ def _may_differ(settings: dict) -> set[str]:
     names = MAY_DIFFER
     if settings.get("late_start") == "data":  # the training samples nothing: these are of validation alone
         names = names | {"num_inference_steps"}
-        if not settings.get("scored_guidance"):
+        # FLUX.1 is told the scale in every late pass.
+        if not (settings.get("scored_guidance") or "train_guidance_scale" in settings):
             names = names | {"guidance_scale"}
     if "mos_column" in settings:  # stage 1: validation chooses the evaluator that is kept
         names = names - {"validation_steps", "max_validation_samples"}

@@ -212,7 +212,7 @@ class StepCost:
             elif not args.train_prompts:
                 batch["pixel_values"] = torch.zeros(shape[0], 3, args.resolution, args.resolution)
         stand_in = torch.nn.Module()
-        stand_in.forward = predict
+        stand_in.forward, stand_in.config = predict, self.models[0].config
         loss, _ = self.training_step(
             batch,
             stand_in,

@@ -23,6 +23,17 @@ def check_text_to_image(args) -> None:
     check_objective(args)
 
 
+def check_flow_matching(args) -> None:
+    """The flags that only the scripts of flow-matching models have. Raises ValueError, in one line."""
+    if args.max_sequence_length > 512:  # the pipelines' limit
+        raise ValueError(f"--max_sequence_length: expected at most 512 tokens, found {args.max_sequence_length}")
+    if args.weighting_scheme == "sigma_sqrt" and args.diffusion_timesteps == "late":
+        raise ValueError(
+            "--weighting_scheme sigma_sqrt weighs by 1 / sigma^2, which has no bound near sigma = 0: it needs "
+            "--diffusion_timesteps full"
+        )
+
+
 def load_data(args, accelerator):
     """The training's images or prompts, and the held-out prompts: files that exist and can be read, all of them."""
     if args.train_prompts:

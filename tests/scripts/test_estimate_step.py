@@ -3,6 +3,7 @@
 import json
 
 import estimate_step as script
+import pytest
 
 from acpo_utils.evaluators import load_evaluator
 from tests.launching import EXAMPLES, refused
@@ -32,6 +33,47 @@ def test_rows_fall_as_the_flags_promise(tiny_guide, monkeypatch, tmp_path):
     assert shipped["TFLOP"] > late["TFLOP"] == bf16["TFLOP"] > crop["TFLOP"] > tiny["TFLOP"] > lora["TFLOP"]
     assert late["GiB"] > max(bf16["GiB"], crop["GiB"], tiny["GiB"])
     assert all(row["GiB"] > row["GiB, --gradient_checkpointing"] > 0 for row in rows)
+
+
+NARROW = {
+    "sd3": {
+        "num_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 24,
+        "dual_attention_layers": (),
+    },
+    "flux": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 24,
+        "axes_dims_rope": (4, 4, 8),
+    },
+}
+
+
+@pytest.mark.parametrize("family", NARROW)
+def test_a_transformer_is_counted_too(family, tiny_guide, monkeypatch):
+    """Of one narrow layer; its LoRA is on all eight projections of attention."""
+    changed = script.FAMILIES[family]["transformer"] | NARROW[family]
+    monkeypatch.setitem(script.FAMILIES[family], "transformer", changed)
+    conditions = {"prompt_embeds": (1, 20, 16), "pooled_prompt_embeds": (1, 24)}
+    monkeypatch.setitem(script.FAMILIES[family], "conditions", conditions)
+    monkeypatch.setattr(script, "build_guide", lambda: load_evaluator(f"ipce:{tiny_guide}").requires_grad_(False))
+    monkeypatch.setattr(script, "VARIANTS", dict(list(script.VARIANTS.items())[:3]))
+    lora, shipped, late = script.estimate(script.parse_args(["--family", family, "--resolution", "128"]))
+    assert shipped["TFLOP"] > late["TFLOP"] > lora["TFLOP"] > 0
+    assert all(row["GiB"] >= row["GiB, --gradient_checkpointing"] > 0 for row in (shipped, late))
+    transformer = script.build_models(script.FAMILIES[family])[0]
+    layers = {name.rpartition(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A." in name}
+    assert len({layer.split("attn.")[1] for layer in layers}) == (7 if family == "sd3" else 8), (
+        "the last has no to_add_out"
+    )
 
 
 def test_the_familys_own_size_and_mistakes():

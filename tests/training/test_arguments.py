@@ -20,6 +20,9 @@ from tests.training.test_run_state import SCRIPTS, actions, defaults
 # Numbers of which any value makes sense, or whose bounds something else knows.
 UNBOUNDED = {
     "guidance_scale",  # below 1 too: Ho and Salimans' weights of other signs
+    "train_guidance_scale",
+    "logit_mean",  # a shift of sigmas either way
+    "mode_scale",
     "ema_max_decay",  # diffusers' EMAModel clamps
     "evaluator_weight",  # guide_weights
     "structure_layers",  # negative from the end, IPCE checks that they are there

@@ -182,13 +182,8 @@ EVERY_FLAG = [(name, flag) for name in SCRIPTS for flag in actions(name)]
 
 
 def test_the_training_scripts_are_found():
-    assert SCRIPTS == [
-        "train_acpo_ddpm",
-        "train_acpo_lora_sd",
-        "train_acpo_lora_sdxl",
-        "train_iqa_ipce",
-        "train_iqa_twostream",
-    ]
+    latent = ["train_acpo_lora_flux", "train_acpo_lora_sd", "train_acpo_lora_sd3", "train_acpo_lora_sdxl"]
+    assert SCRIPTS == ["train_acpo_ddpm", *latent, "train_iqa_ipce", "train_iqa_twostream"]
     assert len(EVERY_FLAG) > 200
 
 
