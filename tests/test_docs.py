@@ -106,7 +106,10 @@ def flags_of(script: Path) -> set[str]:
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.Call):
             words = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
-            flags |= {word for word in words if isinstance(word, str) and re.fullmatch(r"--[a-z]\w*", word)}
+            own = {word for word in words if isinstance(word, str) and re.fullmatch(r"--[a-z]\w*", word)}
+            if any(ast.unparse(keyword.value).endswith("BooleanOptionalAction") for keyword in node.keywords):
+                own |= {f"--no-{word.removeprefix('--')}" for word in own}
+            flags |= own
     return flags
 
 
