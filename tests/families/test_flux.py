@@ -16,7 +16,7 @@ from acpo_utils.families import flux, sd3
 from acpo_utils.families.latents import encode_images
 from acpo_utils.flow_matching import check_late_window, denoise_late_steps, rollout_late_latents
 from acpo_utils.late_step import decode_latents
-from acpo_utils.lora import load_lora, read_lora_config, save_lora
+from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config, save_lora
 from acpo_utils.losses import anchor_loss
 from tests.tiny_models import save_tiny_flux, tiny_flux_transformer
 
@@ -155,7 +155,7 @@ def test_a_lora_of_another_alpha_than_rank_is_the_same_in_the_pipeline(tiny_flux
     assert read_lora_config(tmp_path, FluxPipeline) == {"rank": 3, "alpha": 7, "target_modules": sorted(targets)}
     given = inputs(encoded(tokenizers, text_encoders, PROMPTS))
     own = FluxPipeline.from_pretrained(tiny_flux_pipeline)
-    own.load_lora_weights(tmp_path)
+    own.load_lora_weights(tmp_path, weight_name=LORA_NAME)
     again = tiny_flux_transformer()
     again.add_adapter(LoraConfig(r=3, lora_alpha=7, target_modules=targets))
     load_lora(again, tmp_path, pipeline_class=FluxPipeline)

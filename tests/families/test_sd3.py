@@ -20,7 +20,7 @@ from acpo_utils.families import sd3, sdxl
 from acpo_utils.families.latents import encode_images
 from acpo_utils.flow_matching import add_noise, denoise_late_steps, rollout_late_latents
 from acpo_utils.late_step import decode_latents, lora_below, without_prompt
-from acpo_utils.lora import load_lora, read_lora_config, save_lora
+from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config, save_lora
 from acpo_utils.losses import anchor_loss
 from tests.tiny_models import save_tiny_sd3, tiny_sd3_transformer
 
@@ -216,7 +216,7 @@ def test_a_lora_of_another_alpha_than_rank_is_the_same_in_the_pipeline(folder, t
     assert read_lora_config(tmp_path, SD3) == {"rank": 3, "alpha": 7, "target_modules": sorted(targets)}
     given = inputs(encoded(tokenizers, text_encoders, PROMPTS))
     own = SD3.from_pretrained(folder)
-    own.load_lora_weights(tmp_path)
+    own.load_lora_weights(tmp_path, weight_name=LORA_NAME)
     again = tiny_sd3_transformer()
     again.add_adapter(LoraConfig(r=3, lora_alpha=7, target_modules=targets))
     load_lora(again, tmp_path, pipeline_class=SD3)
@@ -268,7 +268,7 @@ def test_the_lora_can_act_in_its_window_alone(tiny_sd3_pipeline, tmp_path):
     transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"], init_lora_weights=False))
     save_lora(transformer, tmp_path, SD3)
     pipeline, acts = quiet(SD3.from_pretrained(tiny_sd3_pipeline)), {}
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name=LORA_NAME)
     layer = pipeline.transformer.transformer_blocks[0].attn.to_q
     pipeline.transformer.register_forward_pre_hook(
         lambda model, args, given: acts.update({given["timestep"][0].item(): not layer.disable_adapters}),

@@ -118,7 +118,8 @@ def test_files_of_a_variant_are_taken_by_their_flag_which_is_named(folder):
     [
         ("StableDiffusionXLPipeline", "train_acpo_lora_sdxl.py"),
         ("DDPMPipeline", "train_acpo_ddpm.py"),
-        ("FluxPipeline", "train_dreambooth_lora_flux.py"),
+        ("FluxPipeline", "train_acpo_lora_flux.py"),
+        ("Flux2KleinPipeline", "train_dreambooth_lora_flux2.py"),
         ("SanaPipeline", "it is a SanaPipeline."),
     ],
 )

@@ -177,7 +177,7 @@ def test_outputs_and_the_lora_in_the_stock_pipeline(flags, lora_of, prompts, tmp
         return pipeline("a red wall", generator=generator, output_type="pt", **settings).images
 
     base, stock, trained = (FluxPipeline.from_pretrained(tiny_flux_pipeline) for _ in range(3))
-    stock.load_lora_weights(folder)
+    stock.load_lora_weights(folder, weight_name=LORA_NAME)
     trained.transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=targets))
     load_lora(trained.transformer, folder, pipeline_class=FluxPipeline)
     torch.testing.assert_close(picture(stock), picture(trained), atol=1e-5, rtol=0)
