@@ -33,13 +33,13 @@ from acpo_utils.ddpm import SAMPLERS
 from acpo_utils.evaluation.sampling import sample_unconditional
 from acpo_utils.evaluation.unconditional import compare_unconditional_models, split_judges
 from acpo_utils.evaluators import guide_parts, guide_score, load_guide, part_scores
-from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.lora import check_target_modules
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.training.arguments import at_step, check_numbers, check_objective, read_demo_settings
 from acpo_utils.training.ema import ema_weights, register_ema_hooks
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.guide_check import check_guide
+from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run, use_all_cpus
 

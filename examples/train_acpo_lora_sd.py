@@ -34,13 +34,13 @@ from acpo_utils.families.latents import (
     load_tiny_vae,
     offload_encoders,
 )
-from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.sharding import SHARDED, WEIGHT_DTYPES, full_weights, prepare
 from acpo_utils.training.arguments import at_step, read_demo_settings
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.guide_check import check_guide, decoded_examples
 from acpo_utils.training.hacking_alarm import HackingAlarm
+from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run, use_all_cpus

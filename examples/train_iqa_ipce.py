@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 from acpo_utils import check_min_version
 from acpo_utils.data import to_rgb
 from acpo_utils.evaluators import IPCE
-from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.randomness import EpochOrder, step_generator
 from acpo_utils.ratings.agreement import agreement, agreement_table, matched_above_mismatched
 from acpo_utils.ratings.best import Best, best_folder, copy_evaluator, save_evaluator
@@ -36,6 +35,7 @@ from acpo_utils.ratings.sets import TARGETS
 from acpo_utils.ratings.stages import ScoreMaps, load_stages, resumed_step, set_steps, value_per_stage
 from acpo_utils.ratings.training import train_steps
 from acpo_utils.training.arguments import check_numbers
+from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import start_run
 

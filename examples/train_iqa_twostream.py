@@ -25,7 +25,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from acpo_utils import check_min_version
 from acpo_utils.data import to_rgb
 from acpo_utils.evaluators import TwoStreamIQA
-from acpo_utils.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.randomness import EpochOrder, step_generator
 from acpo_utils.ratings.agreement import agreement, logistic_table
 from acpo_utils.ratings.best import Best, best_folder, copy_evaluator, save_evaluator
@@ -35,6 +34,7 @@ from acpo_utils.ratings.sets import TARGETS
 from acpo_utils.ratings.stages import ScoreMaps, load_stages, resumed_step, set_steps, value_per_stage
 from acpo_utils.ratings.training import train_steps
 from acpo_utils.training.arguments import check_numbers, read_demo_settings
+from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import start_run
 

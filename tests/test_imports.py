@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "acpo_utils"
 LAYERS = [
     {"losses", "anchor", "randomness", "files", "statistics", "sharding"},
     {"late_step", "flow_matching", "families", "lora", "checkpoints", "data", "evaluators", "ablations"},
-    {"ratings", "evaluation", "ddpm", "hub"},
+    {"ratings", "evaluation", "ddpm"},
     {"training"},
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
@@ -58,7 +58,7 @@ def wrong_imports(part: str, source: str) -> list[str]:
 
 def test_every_part_has_its_layer_and_they_are_few():
     entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
-    assert len(entries) <= 21
+    assert len(entries) <= 20
     assert {entry.removesuffix(".py") for entry in entries} - {"__init__", "py.typed"} == set(HEIGHT)
 
 

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from acpo_utils.checkpoints import find_checkpoint
 from acpo_utils.files import atomic_write
-from acpo_utils.hub import check_login
 from acpo_utils.sharding import configure_sharding
+from acpo_utils.training.hub import check_login
 from acpo_utils.training.run_state import RunState
 
 

@@ -72,7 +72,7 @@ def test_labels_are_short_and_different():
 
 
 def test_guides_are_read_from_the_settings_or_from_the_model_card(tmp_path):
-    from acpo_utils.hub import save_model_card
+    from acpo_utils.training.hub import save_model_card
 
     assert read_guides(tmp_path) == []
     settings = {"evaluator": "ipce:iqa/ipce, pickscore", "quality_weight": 0.1}

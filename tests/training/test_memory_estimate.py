@@ -55,6 +55,13 @@ def lasting(tiny_pipeline, tiny_guide):
     """A world for tests that leave it as it is, with one `StepCost` for all of them, as advice has one for all flags."""
     world = build_world(tiny_pipeline, tiny_guide)
     world.cost = functools.cache(world.cost)
+    flags = world.flags
+
+    def flags_of_this_case(**changes):
+        world.models[2] = world.vae  # a case before may have had another decoder
+        return flags(**changes)
+
+    world.flags = flags_of_this_case
     return world
 
 

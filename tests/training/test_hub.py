@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 
-from acpo_utils.hub import IGNORE_PATTERNS, push_to_hub, save_model_card
 from acpo_utils.lora import LORA_NAME
+from acpo_utils.training.hub import IGNORE_PATTERNS, push_to_hub, save_model_card
 
 
 CARD = {"base_model": "CompVis/stable-diffusion-v1-4", "model_description": "A LoRA.", "tags": ["lora", "acpo"]}
