@@ -256,7 +256,8 @@ def test_end_to_end_on_a_tiny_ddpm(ablate, tmp_path):
     words = ["--script", EXAMPLES / "train_acpo_ddpm.py", "--grid", "last_steps=2", "--seeds", "2", "--"]
     out = ablate(*words, *passed_on)
     folders = [tmp_path / "out" / f"last_steps=2,seed={seed}" for seed in (0, 1)]
-    metrics = [json.loads((folder / "metrics.json").read_text())["comparisons"] for folder in folders]
+    results = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    metrics = [result["comparisons"] | result["panel"] for result in results]
     assert metrics[0]["guide"]["base_mean"] != metrics[1]["guide"]["base_mean"], "the seeds are different"
     table = json.loads((tmp_path / "out" / "results.json").read_text())["table"]
     assert [line["metric"] for line in table] == list(metrics[0])
