@@ -55,7 +55,8 @@ def write_lora(
 ) -> Path:
     """Writes a LoRA, under PEFT names (`....lora_A.weight`), to the .safetensors file `path`, which it returns."""
     pipeline, prefix = _family(pipeline_class)
-    layers = {f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": lora_config.to_dict()}
+    config = lora_config.to_dict() | {"target_modules": sorted(lora_config.target_modules)}  # a set's order is chance
+    layers = {f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": config}
     temporary = path.parent / f".lora.{os.getpid()}.tmp"
     try:
         pipeline.save_lora_weights(temporary, weight_name=path.name, **layers)

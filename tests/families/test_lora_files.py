@@ -1,5 +1,7 @@
 """A LoRA's file of each family: its names begin with the part that is trained, and the family's pipeline loads it."""
 
+import json
+
 import pytest
 import torch
 from diffusers import (
@@ -10,6 +12,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from acpo_utils.lora import load_lora, read_lora_config, save_lora
@@ -83,3 +86,13 @@ def test_a_file_of_another_family_is_refused(tmp_path):
     file = save_lora(model, tmp_path, StableDiffusion3Pipeline)
     with pytest.raises(ValueError, match="expected only tensors named unet.*, found transformer"):
         read_lora_config(file)
+
+
+def test_the_file_of_the_same_lora_is_the_same_to_the_byte(tmp_path):
+    """A set of names has another order in every process: it is sorted."""
+    unet, names = tiny_sdxl_unet(), ["to_v", "to_k", "to_out.0", "to_q"]
+    unet.add_adapter(LoraConfig(r=2, target_modules=names))
+    file = save_lora(unet, tmp_path)
+    with safe_open(file, "pt") as saved:
+        config = json.loads(saved.metadata()["lora_adapter_metadata"])
+    assert config["unet.target_modules"] == sorted(names)
