@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 
 from acpo_utils.data.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
 from acpo_utils.evaluation.denoising_error import pipeline_denoising_error
-from acpo_utils.evaluation.families import shared_family
 from acpo_utils.evaluation.grids import gains_and_losses
+from acpo_utils.evaluation.guide_family import shared_family
 from acpo_utils.evaluation.html_report import write_report
 from acpo_utils.evaluation.manifest import ImageManifest, model_fingerprint
 from acpo_utils.evaluation.metrics import (

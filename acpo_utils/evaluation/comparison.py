@@ -9,8 +9,8 @@ import torch
 
 from acpo_utils.anchor import without_adapter
 from acpo_utils.evaluation.denoising_error import prediction_drift
-from acpo_utils.evaluation.families import FAMILY_MARK, family_note, shared_family
 from acpo_utils.evaluation.grids import comparison_picture
+from acpo_utils.evaluation.guide_family import FAMILY_MARK, family_note, shared_family
 from acpo_utils.evaluation.panel import NO_REAL, PANEL, measure_panel, panel_report
 from acpo_utils.evaluation.real_images import read_prompt_images
 from acpo_utils.evaluation.sampling import sample_images, score_images

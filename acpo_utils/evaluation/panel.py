@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from acpo_utils.evaluation import real_pairs
-from acpo_utils.evaluation.families import shared_family
+from acpo_utils.evaluation.guide_family import shared_family
 from acpo_utils.evaluation.image_batches import Images
 from acpo_utils.evaluation.networks import NETWORKS, load_network, look, standardised
 from acpo_utils.evaluation.set_metrics import kid_draws, mean_kernel

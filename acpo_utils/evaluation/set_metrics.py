@@ -14,7 +14,7 @@ from torch import nn
 
 from acpo_utils.data.pictures import to_rgb
 from acpo_utils.evaluators.efficientnet import EfficientNetFeatures, extract_features
-from acpo_utils.files import no_pickles, package_folder
+from acpo_utils.files import no_pickles, one_line, package_folder
 
 
 EFFICIENTNET_KID = "KID on EfficientNet-Lite features"  # the name of its row in every table
@@ -35,7 +35,7 @@ def read_images(files: Sequence[Path], batch_size: int = 32) -> Iterator[torch.T
                 with Image.open(file) as image:
                     batch.append(torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1))
             except (OSError, SyntaxError, ValueError) as error:  # ValueError: of `to_rgb`
-                raise ValueError(f"Image {file} cannot be read: {' '.join(str(error).split())}") from error
+                raise ValueError(f"Image {file} cannot be read: {one_line(error)}") from error
             shape = shape or batch[-1].shape
             if batch[-1].shape != shape:
                 height, width = shape[1:]
@@ -64,7 +64,7 @@ def inception(feature: str, device) -> torch.nn.Module:
     except ImportError as error:
         raise ImportError("Inception's weights need two packages: pip install torchmetrics torch-fidelity") from error
     except (OSError, RuntimeError) as error:  # network, a damaged file
-        raise ValueError(f"Inception's weights cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(f"Inception's weights cannot be loaded: {one_line(error)}") from error
 
 
 def fid(real: torch.Tensor, generated: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from acpo_utils.evaluation.families import FAMILY_MARK, family_note
+from acpo_utils.evaluation.guide_family import FAMILY_MARK, family_note
 from acpo_utils.files import aligned_table, atomic_write, write_csv
 from acpo_utils.statistics import holm, paired_comparison, win_rate_interval
 

@@ -11,8 +11,8 @@ from torchvision.utils import save_image
 from acpo_utils.anchor import without_adapter
 from acpo_utils.evaluation.denoising_error import unet_denoising_error
 from acpo_utils.evaluation.diversity import DIVERSITY, lpips_diversity
-from acpo_utils.evaluation.families import family_note
 from acpo_utils.evaluation.grids import comparison_picture
+from acpo_utils.evaluation.guide_family import family_note
 from acpo_utils.evaluation.panel import WITHOUT_PAIRS, measure_panel, panel_report
 from acpo_utils.evaluation.sampling import sample_unconditional, score_images
 from acpo_utils.evaluation.set_metrics import EFFICIENTNET_KID, efficientnet_kid

@@ -49,4 +49,13 @@ def worst_point(
         inputs = images.detach().requires_grad_(True)
         total = evaluator.score(inputs, prompts).float().sum()
         (gradient,) = torch.autograd.grad(GRADIENT_SCALE * total, inputs)
-    return (images - perturbation / 255 * gradient.sign()).clamp(0, 1)
+    return signed_step(images, gradient, -perturbation)
+
+
+def signed_step(images: torch.Tensor, gradient: torch.Tensor, size: float) -> torch.Tensor:
+    """`images` (B, 3, H, W) in [0, 1], each value moved by `size` 255ths along the sign of `gradient`, inside [0, 1].
+
+    Up the score whose gradient it is, and down it if `size` is negative. Whole numbers make an image of 8 bits one of 8 bits
+    again.
+    """
+    return (images + size / 255 * gradient.sign()).clamp(0, 1)

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from acpo_utils.families.loading import distilled_by_name, limit_tokenizer, load_pipeline_parts
+from acpo_utils.families.loading import distilled_by_name, limit_tokenizer, load_pipeline_parts, refuse_single_file
 
 
 TINY_VAE = "madebyollin/taef1"
@@ -39,17 +39,12 @@ def load(
     encoders a ModuleList. `max_sequence_length` is T5's, in tokens. Every part is loaded from safetensors, and strictly.
     Raises ValueError, in one line, for what is no FLUX.1 pipeline, or not all of one.
     """
-    source = str(pretrained_model_name_or_path)
-    if source.endswith(".safetensors"):
-        raise ValueError(
-            f"--pretrained_model_name_or_path: expected a hub id or a folder, found the single file {source}: save it by "
-            "FluxPipeline.from_single_file(...).save_pretrained(folder)"
-        )
+    refuse_single_file(FluxPipeline, str(pretrained_model_name_or_path))
     dtypes = {name: weight_dtype for name in PARTS if not name.startswith("tokenizer")}
     parts, scheduler_config = load_pipeline_parts(
         FluxPipeline,
         PARTS,
-        source,
+        pretrained_model_name_or_path,
         revision=revision,
         variant=variant,
         dtypes=dtypes | {"vae": torch.float32},

@@ -86,9 +86,8 @@ def decoder_in(dtype: torch.dtype, vae: AutoencoderKL | AutoencoderTiny) -> Auto
     """The decoder of `vae` in `dtype`, a copy without an encoder; `vae` itself, which encodes and samples, stays."""
     decoder = copy.deepcopy(vae)
     decoder.encoder = decoder.quant_conv = None
-    return torch.nn.Module.to(
-        decoder, dtype
-    )  # diffusers' own warns of modules that want fp32, of which there are none
+    # diffusers' own `to` warns of modules that want fp32, of which there are none.
+    return torch.nn.Module.to(decoder, dtype)
 
 
 def offload_encoders(vae: AutoencoderKL, *text_encoders: torch.nn.Module) -> None:

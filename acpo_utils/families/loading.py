@@ -82,6 +82,15 @@ def load_pipeline_parts(
     return parts, scheduler_config
 
 
+def refuse_single_file(pipeline_class: type[DiffusionPipeline], source: str) -> None:
+    """Raises ValueError, in one line, for a .safetensors file: of the families with a transformer none is read."""
+    if source.endswith(".safetensors"):
+        raise ValueError(
+            f"--pretrained_model_name_or_path: expected a hub id or a folder, found the single file {source}: save it by "
+            f"{pipeline_class.__name__}.from_single_file(...).save_pretrained(folder)"
+        )
+
+
 def _load_part(part_class: type, source: str, name: str, revision, variant, dtype: torch.dtype | None):
     if dtype is None:
         return part_class.from_pretrained(source, revision=revision, subfolder=name)

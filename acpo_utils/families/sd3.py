@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from acpo_utils.families.loading import distilled_by_name, limit_tokenizer, load_pipeline_parts
+from acpo_utils.families.loading import distilled_by_name, limit_tokenizer, load_pipeline_parts, refuse_single_file
 
 
 TINY_VAE = "madebyollin/taesd3"
@@ -54,11 +54,7 @@ def load(
     line, for what is no Stable Diffusion 3 pipeline, or not all of one.
     """
     source = str(pretrained_model_name_or_path)
-    if source.endswith(".safetensors"):
-        raise ValueError(
-            f"--pretrained_model_name_or_path: expected a hub id or a folder, found the single file {source}: save it by "
-            "StableDiffusion3Pipeline.from_single_file(...).save_pretrained(folder)"
-        )
+    refuse_single_file(StableDiffusion3Pipeline, source)
     with_t5 = has_t5(source, revision)
     classes = {name: part_class for name, part_class in PARTS.items() if with_t5 or name not in T5_PARTS}
     dtypes = {name: weight_dtype for name in classes if not name.startswith("tokenizer")}

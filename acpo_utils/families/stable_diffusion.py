@@ -33,8 +33,8 @@ def load(
 ):
     """(noise_scheduler, tokenizer, text_encoder, vae, unet) of a hub id, a folder or a .safetensors file; frozen, on `device`.
 
-    In a training the VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Every part is loaded from safetensors, and
-    strictly. Raises ValueError, in one line, for what is no Stable Diffusion pipeline, or not all of one.
+    In a training the VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Every part is loaded from
+    safetensors, and strictly. Raises ValueError, in one line, for what is no Stable Diffusion pipeline, or not all of one.
     """
     parts, scheduler_config = load_pipeline_parts(
         StableDiffusionPipeline,

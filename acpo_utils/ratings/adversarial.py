@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from acpo_utils.evaluators.worst_point import GRADIENT_SCALE, signed_step
 
-GRADIENT_SCALE = 1024.0  # fp16's gradients would vanish; of the gradient the signs alone are used
+
 STEP = 1 / 255  # of the finite difference
 
 
@@ -52,14 +53,22 @@ def with_attacks(batch: dict, signs: dict[str, torch.Tensor], epsilon: float) ->
     image: nobody sees the difference. Both signs, since the step that raises the loss is the one away from the label, and
     where the score meets its label that is either.
     """
-    attacked = {}
+    images = {
+        key: [batch[key], signed_step(batch[key], sign, epsilon), signed_step(batch[key], sign, -epsilon)]
+        for key, sign in signs.items()
+    }
+    return _stacked(batch, images, 3)
+
+
+def _stacked(batch: dict, images: dict[str, list[torch.Tensor]], times: int) -> dict:
+    """`batch` of B rows so many times over, with `images` in place of its own."""
+    stacked = {}
     for key, value in batch.items():
-        if key in signs:
-            step = epsilon / 255 * signs[key]
-            attacked[key] = torch.cat([value, (value + step).clamp(0, 1), (value - step).clamp(0, 1)])
+        if isinstance(value, torch.Tensor):
+            stacked[key] = torch.cat(images.get(key, [value] * times))
         else:
-            attacked[key] = torch.cat([value] * 3) if isinstance(value, torch.Tensor) else value * 3
-    return attacked
+            stacked[key] = value * times
+    return stacked
 
 
 def gradient_norm(
@@ -73,13 +82,8 @@ def gradient_norm(
 
     Args: as of `gradient_signs`, which made `signs`.
     """
-    both = {}
-    for key, value in batch.items():
-        if key in signs:
-            both[key] = torch.cat([value + STEP * signs[key], value - STEP * signs[key]])
-        else:
-            both[key] = torch.cat([value] * 2) if isinstance(value, torch.Tensor) else value * 2
-    above, below = score(model, both).float().chunk(2)
+    images = {key: [batch[key] + STEP * sign, batch[key] - STEP * sign] for key, sign in signs.items()}
+    above, below = score(model, _stacked(batch, images, 2)).float().chunk(2)
     return (above - below).abs() / (2 * STEP)
 
 

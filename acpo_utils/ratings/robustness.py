@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from acpo_utils.data import read_image
 from acpo_utils.evaluators import Evaluator
+from acpo_utils.evaluators.worst_point import signed_step
 from acpo_utils.files import one_line
 from acpo_utils.statistics import correlation
 
@@ -65,14 +66,6 @@ def score_gradient(
         if scores.requires_grad:
             (gradient,) = torch.autograd.grad(scores.sum(), inputs, allow_unused=True)
     return scores.detach(), torch.zeros_like(images) if gradient is None else gradient
-
-
-def moved(images: torch.Tensor, gradient: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`images` (B, 3, H, W) in [0, 1], each value moved by `epsilon` 255ths along the sign of `gradient`, inside [0, 1].
-
-    Up the score, and down it if `epsilon` is negative. Whole numbers make an image of 8 bits one of 8 bits again.
-    """
-    return (images + epsilon / 255 * gradient.sign()).clamp(0, 1)
 
 
 def low_pass(images: torch.Tensor) -> torch.Tensor:
@@ -134,8 +127,8 @@ def measure_robustness(
         norms.append(gradient.abs().sum().item())
         with torch.no_grad():
             for epsilon in EPSILONS:
-                up[epsilon].append(evaluator.score(moved(image, gradient, epsilon), prompts).item())
-                down[epsilon].append(evaluator.score(moved(image, gradient, -epsilon), prompts).item())
+                up[epsilon].append(evaluator.score(signed_step(image, gradient, epsilon), prompts).item())
+                down[epsilon].append(evaluator.score(signed_step(image, gradient, -epsilon), prompts).item())
         if row.get(reference_column) is not None:
             way = _to_images(row[reference_column], device) - image
             if way.any():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from acpo_utils.evaluation import real_pairs
-from acpo_utils.evaluation.families import family, family_note, shared_family
+from acpo_utils.evaluation.guide_family import family, family_note, shared_family
 from acpo_utils.evaluation.networks import load_network, look, standardised
 from acpo_utils.evaluation.panel import MEMBERS, PAIRED, PANEL, WITHOUT_PAIRS, measure_panel, panel_report
 from acpo_utils.evaluation.set_metrics import kid_draws, mean_kernel

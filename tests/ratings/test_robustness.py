@@ -10,6 +10,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from scipy import stats
 
+from acpo_utils.evaluators.worst_point import signed_step
 from acpo_utils.ratings.robustness import (
     EPSILONS,
     check_originals,
@@ -17,7 +18,6 @@ from acpo_utils.ratings.robustness import (
     direction,
     low_pass,
     measure_robustness,
-    moved,
     robustness_tables,
     rows_to_measure,
     score_gradient,
@@ -153,7 +153,7 @@ def test_the_attack_stays_within_its_bound_and_in_the_range():
     gradient = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     gradient[:, :, 5] = 0
     for epsilon in (4, -4):
-        attacked = moved(images, gradient, epsilon)
+        attacked = signed_step(images, gradient, epsilon)
         assert attacked.min() >= 0 and attacked.max() <= 1
         assert (attacked - images).abs().max() <= 4 / 255 + 1e-7
         assert torch.equal(attacked[:, :, 5], images[:, :, 5])
