@@ -23,17 +23,23 @@ def logistic_fit(prediction: Sequence[float], target: Sequence[float]) -> np.nda
     x, y = np.asarray(prediction, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if len(x) < 5 or np.ptp(x) == 0:
         return x
+    centre, spread = y.mean(), y.std() or 1.0
+    x_units, y_units = (x - x.mean()) / x.std(), (y - centre) / spread
 
     def curve(x, b1, b2, b3, b4):
         return b2 + (b1 - b2) / (1 + np.exp(-np.clip((x - b3) / max(abs(b4), 1e-12), -60, 60)))
 
+    start = (y_units.max(), y_units.min(), 0, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optimize.OptimizeWarning)  # of the covariance, which nobody reads
         try:
-            fitted, _ = optimize.curve_fit(curve, x, y, p0=(y.max(), y.min(), x.mean(), x.std()), maxfev=20_000)
+            # Not curve_fit's own choice, "lm": in SciPy 1.17 the result depends, a little, on what memory held before.
+            fitted, _ = optimize.curve_fit(
+                curve, x_units, y_units, p0=start, method="trf", x_scale="jac", max_nfev=2000
+            )
         except RuntimeError:
             return x
-    return curve(x, *fitted)
+    return curve(x_units, *fitted) * spread + centre
 
 
 def agreement(prediction: Sequence[float], target: Sequence[float]) -> dict[str, float]:

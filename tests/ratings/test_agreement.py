@@ -1,5 +1,9 @@
 """The logistic fit, agreement by group, and how an evaluator's folder is replaced."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -73,3 +77,17 @@ def _saved(best):
     torch.save(best.state_dict(), buffer)
     buffer.seek(0)
     return buffer
+
+
+def test_logistic_fit_does_not_depend_on_what_memory_held():
+    """glibc fills what it hands out with a given byte: the fit of few rows is the same to the bit, for each of them."""
+    program = (
+        "import numpy as np; from acpo_utils.ratings.agreement import logistic_fit; rng = np.random.default_rng(0);"
+        "print([logistic_fit(rng.random(n) / 100, 100 * rng.random(n)).tobytes().hex() for n in (5, 6, 7, 8) * 20])"
+    )
+    outputs = set()
+    for byte in ("1", "85", "255"):
+        environment = os.environ | {"MALLOC_PERTURB_": byte}
+        command = [sys.executable, "-c", program]
+        outputs.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(outputs) == 1
