@@ -16,21 +16,15 @@ import logging
 import re
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    UNet2DModel,
-)
-from peft import LoraConfig
 from PIL import Image
 from tqdm.auto import tqdm
 
 from acpo_utils.data.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
+from acpo_utils.evaluation import models
 from acpo_utils.evaluation.denoising_error import pipeline_denoising_error
 from acpo_utils.evaluation.grids import gains_and_losses
 from acpo_utils.evaluation.guide_family import shared_family
@@ -61,12 +55,10 @@ from acpo_utils.evaluation.table import (
     set_row,
     write_evaluation_tables,
 )
-from acpo_utils.families.loading import DTYPE
-from acpo_utils.families.stable_diffusion import build_pipeline
-from acpo_utils.families.stable_diffusion import load as load_stable_diffusion
-from acpo_utils.files import atomic_write, load_strictly, one_line
+from acpo_utils.families.loading import denoiser
+from acpo_utils.files import atomic_write, one_line
 from acpo_utils.late_step import lora_below
-from acpo_utils.lora import LORA_NAME, load_lora, read_lora_config
+from acpo_utils.lora import LORA_NAME, read_lora_config
 from acpo_utils.randomness import step_generator
 from acpo_utils.sharding import WEIGHT_DTYPES
 from acpo_utils.training.arguments import check_numbers, read_demo_settings
@@ -74,8 +66,6 @@ from acpo_utils.training.run import use_all_cpus
 
 
 logger = get_logger(__name__, log_level="INFO")
-UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
 @torch.no_grad()
@@ -90,6 +80,12 @@ def sample(pipeline, prompts, args):
             output_type="pt",
         )
         return image_tensor(output.images)
+    callback = None
+    if acts_late(pipeline, args):
+        callback = lora_below(pipeline, args.lora_tmax)
+    more = {}
+    if args.max_sequence_length:
+        more["max_sequence_length"] = args.max_sequence_length
     output = pipeline(
         [prompt.text for prompt in prompts],
         height=args.resolution,
@@ -98,13 +94,14 @@ def sample(pipeline, prompts, args):
         guidance_scale=args.guidance_scale,
         generator=noise,
         output_type="pt",
-        callback_on_step_end=lora_below(pipeline, args.lora_tmax) if acts_late(pipeline, args) else None,
+        callback_on_step_end=callback,
+        **more,
     )
     return output.images
 
 
 def acts_late(pipeline, args):
-    return args.lora_tmax is not None and hasattr(pipeline.unet, "peft_config")
+    return args.lora_tmax is not None and hasattr(denoiser(pipeline), "peft_config")
 
 
 def generate(pipeline, model, prompts, accelerator, args):
@@ -155,6 +152,8 @@ def origins(pipeline, prompts, args):
         "resolution": args.resolution,
         "scheduler": hashlib.sha256(scheduler).hexdigest()[:16],
     }
+    if args.max_sequence_length:
+        settings["max_sequence_length"] = args.max_sequence_length
     if acts_late(pipeline, args):
         settings["lora_tmax"] = args.lora_tmax
     made_from = {}
@@ -265,32 +264,65 @@ def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # Models
-    add("--pretrained_model_name_or_path", help="base: hub id or folder of a Stable Diffusion or DDPM; none: the demo")
+    add("--pretrained_model_name_or_path", help="base: hub id or folder; none: the demo")
     add("--revision")
     add("--variant")
-    add("--lora", nargs="+", default=[], help="LoRA folders or files, as train_acpo_lora_sd.py writes them")
-    add("--lora_tmax", type=int, help="the LoRAs act at timesteps below this alone, as trained; default: at all")
-    add("--finetuned", nargs="+", default=[], help="whole fine-tuned pipelines: folders of a DDPM or Stable Diffusion")
+    add(
+        "--lora",
+        nargs="+",
+        default=[],
+        help="LoRA folders or files, as the train_acpo_lora_ scripts write them",
+    )
+    add(
+        "--lora_tmax",
+        type=int,
+        help="the LoRAs act at timesteps below this alone, as trained; default: at all",
+    )
+    add(
+        "--finetuned",
+        nargs="+",
+        default=[],
+        help="whole fine-tuned pipelines, of the base model's kind",
+    )
     # Prompts and noise
-    add("--prompts", nargs="+", help=f"{', '.join(PROMPT_SETS)}, NAME:PATH, demo, demo-unseen, or .txt, .csv, ...")
-    add("--max_prompts", type=int, help="of each set, a random choice by --seed; default: all")
+    add(
+        "--prompts",
+        nargs="+",
+        help=f"{', '.join(PROMPT_SETS)}, NAME:PATH, demo, demo-unseen, or .txt, .csv, ...",
+    )
+    add("--max_prompts", type=int, help="of each set, by --seed; default: all")
     add("--num_images", type=int, default=500, help="of an unconditional model")
     add("--seed", type=int, default=0, help="of the noise and of the choices")
     # Sampling
-    add("--scheduler", choices=SCHEDULERS, default="ddim")
-    add("--num_inference_steps", type=int, default=50)
-    add("--guidance_scale", type=float, default=7.5)
+    add("--scheduler", choices=models.SCHEDULERS, help="default: ddim, or the flow's own")
+    add("--num_inference_steps", type=int, help="default: the pipeline's own")
+    add("--guidance_scale", type=float, help="default: the pipeline's own")
+    add(
+        "--max_sequence_length",
+        type=int,
+        help="tokens of a caption, of T5 or an LLM; default: the pipeline's own",
+    )
     add("--resolution", type=int, help="default: the model's own")
     add("--eval_batch_size", type=int, default=16)
     add("--mixed_precision", choices=["no", "fp16", "bf16"])
     # Metrics
     add("--metrics", nargs="+", help="see docs/evaluation.md; default: the guides, and others")
-    add("--real_data_dir", help="real images for the panel, fid and mse: image folder or parquet")
+    add(
+        "--real_data_dir",
+        help="real images for the panel, fid and mse: image folder or parquet",
+    )
     add("--image_column", help="default: image, or img if there is only that")
-    add("--caption_column", default="text", help="of --real_data_dir, for mse and real images of the prompts")
+    add(
+        "--caption_column",
+        default="text",
+        help="of --real_data_dir, for mse and real images of the prompts",
+    )
     add("--max_real_images", type=int)
     # Output
-    add("--rank_by", help="the metric whose largest gains and losses are shown; default: the first that is no guide")
+    add(
+        "--rank_by",
+        help="the metric whose largest gains and losses are shown; default: the first that is no guide",
+    )
     add("--num_grid_pairs", type=int, default=12, help="in each picture")
     add("--output_dir", default="acpo-evaluation")
 
@@ -313,6 +345,7 @@ def parse_args(input_args=None):
             max_prompts=2,
             num_images=2,
             max_real_images=1,
+            max_sequence_length=1,
             num_grid_pairs=1,
         )
     except ValueError as error:
@@ -321,91 +354,58 @@ def parse_args(input_args=None):
 
 
 def check_models(args):
-    """{name: path} of the models, "base" first; sets `args.unconditional`. No model is loaded."""
+    """{name: path} of the models, "base" first; no model is loaded. Sets `args.pipeline_class`, `args.unconditional`, and
+    what the command line does not say of sampling."""
     base = args.pretrained_model_name_or_path
-    args.unconditional = pipeline_class(base, args) in UNCONDITIONAL
+    args.pipeline_class = models.class_of(base, args.revision)
+    args.unconditional = args.pipeline_class in models.UNCONDITIONAL
     for path in args.finetuned:
-        name = pipeline_class(path, args)
-        if (name in UNCONDITIONAL) != args.unconditional:
+        name = models.class_of(path)
+        if name != args.pipeline_class and not (args.unconditional and name in models.UNCONDITIONAL):
             raise ValueError(f"--finetuned {path}: expected a pipeline like the base model's, found {name}")
-    if args.unconditional and (args.lora or args.prompts or args.resolution or args.scheduler != "ddim"):
+    if args.unconditional and (args.lora or args.prompts or args.resolution or args.scheduler not in (None, "ddim")):
         raise ValueError(
             "an unconditional base model takes no --lora, no --prompts, no --resolution, and no --scheduler but ddim"
         )
+    models.check_sampling(args.pipeline_class, args.scheduler, args.max_sequence_length)
+    if args.num_inference_steps is None:
+        args.num_inference_steps = models.sampling_default(
+            args.pipeline_class,
+            "num_inference_steps",
+        )
+    if args.guidance_scale is None and not args.unconditional:
+        args.guidance_scale = models.sampling_default(
+            args.pipeline_class,
+            "guidance_scale",
+        )
     for path in args.lora:
-        read_lora_config(path)
-    models = {"base": base}
+        read_lora_config(path, getattr(diffusers, args.pipeline_class))
+    compared = {"base": base}
     for path in map(Path, (*args.lora, *args.finetuned)):
         folder = path.resolve().parent if path.name == LORA_NAME else path.resolve()
         name = re.sub(r"[^-\w.]+", "-", folder.name.removesuffix(".safetensors"))
         numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        free = next(candidate for candidate in numbered if candidate not in models)
-        models[free] = str(path)
-    return models
+        free = next(candidate for candidate in numbered if candidate not in compared)
+        compared[free] = str(path)
+    return compared
 
 
-def pipeline_class(path, args):
-    """The class that the model_index.json of a hub repository or folder names."""
-    try:
-        revision = args.revision if is_base(path, args) else None
-        name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"expected a Stable Diffusion or DDPM pipeline (hub id or folder with model_index.json), {path!r} could not "
-            f"be read: {str(error).splitlines()[0]}"
-        ) from error
-    if name not in ("StableDiffusionPipeline", *UNCONDITIONAL):
-        raise ValueError(f"{path}: expected a StableDiffusionPipeline, DDPMPipeline or DDIMPipeline, found {name}")
-    return name
-
-
-def is_base(path, args):
-    return path == args.pretrained_model_name_or_path
-
-
-def load_pipeline(path, args, weight_dtype, device):
+def load_model(path, args, weight_dtype, device):
     """The base pipeline, the base with the LoRA of `path` in it, or a pipeline of its own."""
-    source = args.pretrained_model_name_or_path if path in args.lora else path
-    revision = variant = None
-    if is_base(source, args):
-        revision = args.revision
-        variant = args.variant
-    try:
-        if args.unconditional:
-            unet = load_strictly(
-                UNet2DModel.from_pretrained,
-                source,
-                subfolder="unet",
-                revision=revision,
-                variant=variant,
-                **{DTYPE: weight_dtype},
-            )
-            config = DDIMScheduler.load_config(source, subfolder="scheduler", revision=revision)
-            pipeline = DDIMPipeline(unet, DDIMScheduler.from_config(config))
-        else:
-            noise_scheduler, tokenizer, text_encoder, vae, unet = load_stable_diffusion(
-                source,
-                revision=revision,
-                variant=variant,
-                weight_dtype=weight_dtype,
-                vae_dtype=weight_dtype,
-                device=device,
-            )
-            pipeline = build_pipeline(unet, vae, text_encoder, tokenizer, noise_scheduler)
-            pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(noise_scheduler.config)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the pipeline {source!r} could not be loaded: {str(error).splitlines()[0]}") from error
-    if path in args.lora:
-        saved = read_lora_config(path)
-        config = LoraConfig(
-            r=saved["rank"],
-            lora_alpha=saved["alpha"],
-            target_modules=saved["target_modules"],
-        )
-        pipeline.unet.add_adapter(config)
-        load_lora(pipeline.unet, path)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    base = args.pretrained_model_name_or_path
+    is_lora = path in args.lora
+    source = base if is_lora else path
+    return models.load_pipeline(
+        source,
+        args.pipeline_class,
+        lora=path if is_lora else None,
+        revision=args.revision if source == base else None,
+        variant=args.variant if source == base else None,
+        weight_dtype=weight_dtype,
+        device=device,
+        scheduler=args.scheduler or "ddim",
+        max_sequence_length=args.max_sequence_length,
+    )
 
 
 def read_all_prompts(args):
@@ -491,9 +491,9 @@ def main(args):
         use_all_cpus()
 
     # Everything that can be wrong in a path, a column or a name is found before a model is loaded.
-    models = check_models(args)
+    compared = check_models(args)
     prompts = read_all_prompts(args)
-    guides = {model: read_guides(path) for model, path in models.items() if model != "base"}
+    guides = {model: read_guides(path) for model, path in compared.items() if model != "base"}
     metrics = choose_metrics(args, guides)
     labels = [label for metric, label in metric_labels(metrics).items() if metric not in MEMBERS]
     if args.rank_by and args.rank_by not in labels:
@@ -524,9 +524,12 @@ def main(args):
     weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
     files = {}  # {model: its images}
     errors = {}  # {model: MSE of each real image}
+    predictor = None
+    if not args.unconditional:
+        predictor = models.predictor_of(args.pipeline_class, args.max_sequence_length)
     real_files = None
-    for model, path in models.items():
-        pipeline = load_pipeline(path, args, weight_dtype, accelerator.device)
+    for model, path in compared.items():
+        pipeline = load_model(path, args, weight_dtype, accelerator.device)
         files[model] = generate(pipeline, model, prompts, accelerator, args)
         if real and accelerator.is_main_process:
             if real_files is None:
@@ -539,6 +542,7 @@ def main(args):
                     real.captions,
                     seed=args.seed,
                     batch_size=args.eval_batch_size,
+                    predictor=predictor,
                 )
                 errors[model] = mse.tolist()
         del pipeline
@@ -559,7 +563,7 @@ def main(args):
     )
     results = {
         "settings": vars(args),
-        "models": models,
+        "models": compared,
         "guides": guides,
         "prompts": [vars(prompt) for prompt in prompts],
         "images": {},

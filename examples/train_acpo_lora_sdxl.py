@@ -299,11 +299,11 @@ def load_models(args, weight_dtype, device):
     """The parts, and `build_pipeline`, which makes a pipeline to sample with of them and of the U-Net that it is given."""
     noise_scheduler, tokenizers, text_encoders, vae, unet, force_zeros = sdxl.load(
         args.pretrained_model_name_or_path,
-        args.pretrained_vae_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
         weight_dtype=weight_dtype,
         device=device,
+        pretrained_vae_model_name_or_path=args.pretrained_vae_model_name_or_path,
     )
     for model in (vae, unet):
         model.to(memory_format=torch.channels_last)

@@ -41,11 +41,15 @@ def batch_denoising_error(
         predict: (z_t (B, C, h, w), timesteps (B,)) -> prediction (B, C, h, w).
         x0: (B, C, h, w), clean images in [-1, 1], or latents. rows: their B numbers, from which the noise is drawn.
     Returns:
-        (B,) error against the scheduler's own target (noise, velocity or sample), fp32; lower is better.
+        (B,) error against the scheduler's own target (noise, velocity or sample, or the flow's velocity eps - x0), in
+            fp32; lower is better.
     """
     error = torch.zeros(len(x0), device=x0.device)
     for noisy, noise, timesteps in noised(noise_scheduler, x0, rows, seed):
-        target = diffusion_target(noise_scheduler, x0, noise, timesteps)
+        if isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler):
+            target = noise - x0
+        else:
+            target = diffusion_target(noise_scheduler, x0, noise, timesteps)
         error += squared_distance(predict(noisy, timesteps), target)
     return error / MSE_TIMESTEPS
 
@@ -104,6 +108,13 @@ def _predict_unconditionally(unet: torch.nn.Module, noisy: torch.Tensor, timeste
     return unet(noisy, timesteps, return_dict=False)[0]
 
 
+def _training_scheduler(pipeline) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
+    """What adds the noise of a pipeline's training, whatever it is sampled with."""
+    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        return pipeline.scheduler
+    return DDPMScheduler.from_config(pipeline.scheduler.config)
+
+
 @torch.no_grad()
 def pipeline_denoising_error(
     pipeline,
@@ -122,8 +133,8 @@ def pipeline_denoising_error(
     Returns:
         (N,) errors, in fp32 on the CPU; lower is better.
     """
-    unet, device = pipeline.unet, pipeline.device
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # whatever it is sampled with
+    unet, device = denoiser(pipeline), pipeline.device
+    scheduler = _training_scheduler(pipeline)
     errors, rows = [], range(0)
     for images in read_images(files, batch_size):
         rows = range(rows.stop, rows.stop + len(images))
@@ -161,9 +172,7 @@ def prediction_drift(
             0 without a change.
     """
     unet, vae, device = denoiser(pipeline), pipeline.vae, denoiser(pipeline).device
-    noise_scheduler = pipeline.scheduler
-    if not isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler):
-        noise_scheduler = DDPMScheduler.from_config(noise_scheduler.config)  # whatever it is sampled with
+    noise_scheduler = _training_scheduler(pipeline)
     drift = []
     for start in tqdm(range(0, len(images), batch_size), desc="measuring the drift"):
         rows = range(start, min(start + batch_size, len(images)))

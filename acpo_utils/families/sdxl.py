@@ -32,11 +32,11 @@ PARTS = {
 
 def load(
     pretrained_model_name_or_path: str,
-    pretrained_vae_model_name_or_path: str | None,
     revision: str | None,
     variant: str | None,
     weight_dtype: torch.dtype,
     device: str | torch.device,
+    pretrained_vae_model_name_or_path: str | None = None,
 ):
     """(noise_scheduler, tokenizers, text_encoders, vae, unet, force_zeros_for_empty_prompt) of a hub id, a folder or a
     .safetensors file; frozen, on `device`.

@@ -29,11 +29,10 @@ def load(
     variant: str | None,
     weight_dtype: torch.dtype,
     device: str | torch.device,
-    vae_dtype: torch.dtype = torch.float32,
 ):
     """(noise_scheduler, tokenizer, text_encoder, vae, unet) of a hub id, a folder or a .safetensors file; frozen, on `device`.
 
-    In a training the VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Every part is loaded from
+    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Every part is loaded from
     safetensors, and strictly. Raises ValueError, in one line, for what is no Stable Diffusion pipeline, or not all of one.
     """
     parts, scheduler_config = load_pipeline_parts(
@@ -42,7 +41,7 @@ def load(
         pretrained_model_name_or_path,
         revision=revision,
         variant=variant,
-        dtypes={"text_encoder": weight_dtype, "vae": vae_dtype, "unet": weight_dtype},
+        dtypes={"text_encoder": weight_dtype, "vae": torch.float32, "unet": weight_dtype},
         check_configs=_check_configs,
     )
     tokenizer, text_encoder, vae, unet = (parts[name] for name in PARTS)

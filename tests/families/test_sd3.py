@@ -291,7 +291,7 @@ def test_a_folder_of_another_family_is_refused_by_the_name_of_its_script(folder,
     assert "expected a Stable Diffusion 3 pipeline" in message and "\n" not in message
     assert "it is a StableDiffusionXLPipeline, for train_acpo_lora_sdxl.py." in message
     with pytest.raises(ValueError) as error:
-        sdxl.load(str(folder), None, None, None, torch.float32, "cpu")
+        sdxl.load(str(folder), None, None, torch.float32, "cpu")
     assert "it is a StableDiffusion3Pipeline, for train_acpo_lora_sd3.py." in str(error.value)
     with pytest.raises(ValueError, match="expected a hub id or a folder, found the single file sd3.safetensors"):
         load("sd3.safetensors")

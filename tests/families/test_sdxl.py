@@ -29,7 +29,7 @@ PROMPTS = ["a red wall", "a house by the sea"]
 
 
 def load(folder, vae=None):
-    return sdxl.load(str(folder), vae, None, None, torch.float32, "cpu")
+    return sdxl.load(str(folder), None, None, torch.float32, "cpu", vae)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from acpo_utils.evaluation import models
 from acpo_utils.evaluation.panel import PANEL
 from acpo_utils.evaluation.real_images import read_real_images
 from acpo_utils.evaluation.real_pairs import ssim
@@ -216,10 +217,10 @@ def test_latents_are_not_clipped_whatever_scheduler_the_model_was_saved_with(fla
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     pipeline.scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
     pipeline.save_pretrained(folder)
-    for scheduler in script.SCHEDULERS:
+    for scheduler in models.SCHEDULERS:
         args = script.parse_args(flags(pretrained_model_name_or_path=folder, scheduler=scheduler))
-        args.unconditional = False
-        config = script.load_pipeline(str(folder), args, torch.float32, "cpu").scheduler.config
+        script.check_models(args)
+        config = script.load_model(str(folder), args, torch.float32, "cpu").scheduler.config
         assert config.beta_schedule == "scaled_linear" and config.thresholding is False
         assert scheduler != "ddim" or config.clip_sample is False
 
@@ -321,8 +322,8 @@ def test_the_demo_is_compared_by_its_guide_and_its_judge(loras):
     assert {name: getattr(args, name) for name in settings if name != "pretrained_model_name_or_path"} == {
         name: value for name, value in settings.items() if name != "pretrained_model_name_or_path"
     }
-    models = script.check_models(args)
-    assert models == {"base": args.pretrained_model_name_or_path, "first": str(loras[0])}
+    compared = script.check_models(args)
+    assert compared == {"base": args.pretrained_model_name_or_path, "first": str(loras[0])}
     prompts = script.read_all_prompts(args)
     assert len(prompts) == 300 and all(prompt.set == "new_combinations" for prompt in prompts)
     metrics = script.choose_metrics(args, {"first": ["ipce:guide"]})
