@@ -533,6 +533,7 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         guidance_scale=args.guidance_scale,
         device=device,
         events=events,
+        prompt_file=args.eval_prompts,
         predictor=partial(
             flux.predictor, guidance_scale=args.guidance_scale, max_sequence_length=args.max_sequence_length
         ),

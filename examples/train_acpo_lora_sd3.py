@@ -6,7 +6,8 @@ eqs. 5-9), here the velocities of flow matching.
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --train_data_dir images \
         --evaluator ipce:iqa-ipce --cache_latents --center_crop --gradient_checkpointing --mixed_precision bf16
 
-docs/flow-matching.md says what it takes, and what flow matching changes in the equations.
+With no model named it runs the embedded demo, on a CPU in minutes. docs/flow-matching.md says what a large one takes, and
+what flow matching changes in the equations.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -40,14 +41,14 @@ from acpo_utils.families.latents import (
 )
 from acpo_utils.randomness import batch_randn, process_batches, shared_generator
 from acpo_utils.sharding import SHARDED, WEIGHT_DTYPES, full_weights, prepare
-from acpo_utils.training.arguments import at_step
+from acpo_utils.training.arguments import at_step, read_demo_settings
 from acpo_utils.training.gradient_balance import GradientBalance
 from acpo_utils.training.guide_check import check_guide, decoded_examples
 from acpo_utils.training.hacking_alarm import HackingAlarm
 from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
-from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run
+from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run, use_all_cpus
 from acpo_utils.training.text_to_image import add_lora, check_flow_matching, check_text_to_image, load_data
 
 
@@ -152,11 +153,14 @@ def sample_late_latents(latents, noise, conditions, batch, transformer, vae, noi
     )
 
 
+DEMO_SETTINGS = Path(__file__).resolve().parent / "demo" / "acpo_lora_sd3.json"
+
+
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # Model and evaluator
-    add("--pretrained_model_name_or_path", help="hub id or folder of a Stable Diffusion 3 or 3.5")
+    add("--pretrained_model_name_or_path", help="hub id or folder of a Stable Diffusion 3; none: the demo")
     add("--revision")
     add("--variant")
     add("--evaluator", nargs="+", action="extend", help="the frozen guide Q: ipce:PATH, ... (docs/evaluators.md)")
@@ -275,11 +279,12 @@ def parse_args(input_args=None):
     add("--hub_model_id")
     add("--hub_token")
     args = parser.parse_args(input_args)
-    if args.pretrained_model_name_or_path is None:
-        parser.error(
-            "name a model: --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium, or a folder (the "
-            "embedded demo is train_acpo_lora_sd.py's)"
-        )
+    args.demo = args.pretrained_model_name_or_path is None
+    if args.demo:
+        if not DEMO_SETTINGS.is_file():
+            parser.error(f"no model is named, and the demo's is not at {DEMO_SETTINGS.parent}: clone the repository")
+        parser.set_defaults(demo=True, **read_demo_settings(DEMO_SETTINGS, given=args))
+        args = parser.parse_args(input_args)
     try:
         check_text_to_image(args)
         check_flow_matching(args)
@@ -376,6 +381,13 @@ def build_dataloader(train_set, first_step, accelerator, args):
 
 def main(args):
     accelerator, run = start_run(args, sharding=SHARDED)
+    if args.demo:
+        logger.info(
+            f"This is the embedded demo, with the settings of {DEMO_SETTINGS}; --help says how to name a model."
+        )
+        if accelerator.device.type == "cpu":
+            use_all_cpus()
+
     # Data, prompts and evaluators are checked before the model is loaded.
     dataset, eval_prompts = load_data(args, accelerator)
     evaluator = None
@@ -548,6 +560,7 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         guidance_scale=args.guidance_scale,
         device=device,
         events=events,
+        prompt_file=args.eval_prompts,
         predictor=partial(sd3.predictor, max_sequence_length=args.max_sequence_length),
         resolution=args.resolution,
         max_sequence_length=args.max_sequence_length,

@@ -559,6 +559,7 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         guidance_scale=args.guidance_scale,
         device=device,
         events=events,
+        prompt_file=args.eval_prompts,
         predictor=sdxl.predictor,
         resolution=args.resolution,
     )

@@ -1,4 +1,4 @@
-"""The exam of the demo's Stable Diffusion: does it draw what its prompts say, as an independent judge sees it?
+"""The exam of a pipeline of the demo's drawings: does it draw what its prompts say, as an independent judge sees it?
 
     python examples/demo/exam.py --pipeline examples/demo/pipeline --output_dir exam
 
@@ -22,19 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import load_dataset
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torchvision.utils import save_image
 
+from acpo_utils.evaluation import models
 from acpo_utils.evaluation.sampling import sample_images, score_images
 from acpo_utils.evaluation.set_metrics import kid
 from acpo_utils.evaluators import load_evaluator
 from acpo_utils.evaluators.judge import Judge, load_judge
-from acpo_utils.families.loading import DTYPE
 from acpo_utils.files import atomic_write
 
 
 DEMO = Path(__file__).parent
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 SHEET_COLUMNS, SHEET_IMAGES = 10, 100
 
 
@@ -111,9 +109,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge", type=Path, default=DEMO / "judge")
     parser.add_argument("--guide", default=None, help='an evaluator such as "ipce:examples/demo/guide" to report too')
     parser.add_argument("--num_prompts", type=int, default=500)
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
+    parser.add_argument("--scheduler", choices=models.SCHEDULERS, help="default: ddim, or the flow's own")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--max_sequence_length", type=int, help="of a StableDiffusion3Pipeline")
     parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts and of each image's noise")
     parser.add_argument("--output_dir", type=Path, default=Path("exam"))
@@ -123,9 +122,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     if not (args.pipeline / "model_index.json").is_file():
-        raise SystemExit(
-            f"--pipeline: expected a StableDiffusionPipeline folder, found no {args.pipeline}/model_index.json"
-        )
+        raise SystemExit(f"--pipeline: expected a pipeline folder, found no {args.pipeline}/model_index.json")
+    class_name = models.class_of(str(args.pipeline))
+    models.check_sampling(class_name, args.scheduler, args.max_sequence_length)
     if not args.data.is_file():
         raise SystemExit(f"--data: expected a parquet file of captioned images, found no {args.data}")
     judge = load_judge(args.judge)
@@ -140,10 +139,22 @@ def main(args: argparse.Namespace) -> None:
     real = real.permute(0, 3, 1, 2).float() / 255
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, **{DTYPE: torch.float32}).to(device)
-    pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(pipeline.scheduler.config)
+    pipeline = models.load_pipeline(
+        str(args.pipeline),
+        class_name,
+        device=device,
+        scheduler=args.scheduler or "ddim",
+        max_sequence_length=args.max_sequence_length,
+    )
     images = sample_images(
-        *(pipeline, rows["text"], args.seed, args.batch_size, args.num_inference_steps, args.guidance_scale, "drawing")
+        pipeline,
+        rows["text"],
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        description="drawing",
+        **({"max_sequence_length": args.max_sequence_length} if args.max_sequence_length else {}),
     )
 
     judge = judge.to(device)

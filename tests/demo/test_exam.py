@@ -99,7 +99,7 @@ def test_exam_of_a_pipeline_that_knows_nothing(exam, tiny_pipeline, tiny_guide, 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--pipeline", "nowhere"], "expected a StableDiffusionPipeline folder, found no nowhere/model_index.json"),
+        (["--pipeline", "nowhere"], "expected a pipeline folder, found no nowhere/model_index.json"),
         (["--data", "nowhere.parquet"], "expected a parquet file of captioned images, found no nowhere.parquet"),
     ],
 )
