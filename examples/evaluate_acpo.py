@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from acpo_utils.data.prompt_sets import PROMPT_SETS, Prompt, read_prompt_set
 from acpo_utils.evaluation import models
 from acpo_utils.evaluation.denoising_error import pipeline_denoising_error
+from acpo_utils.evaluation.gains_plot import gains_plot
 from acpo_utils.evaluation.grids import gains_and_losses
 from acpo_utils.evaluation.guide_family import shared_family
 from acpo_utils.evaluation.html_report import write_report
@@ -583,6 +584,7 @@ def main(args):
     with atomic_write(output_dir / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1, allow_nan=False))
     write_evaluation_tables(output_dir, results)
+    gains_plot(output_dir / "gains.png", rows)
     report = write_report(output_dir, results)
     print(f"\n{evaluation_table(rows)}\n{evaluation_notes(results)}")
     print(f"The report is {report.resolve()}, the numbers are beside it.")
