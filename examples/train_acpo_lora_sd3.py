@@ -379,6 +379,12 @@ def build_dataloader(train_set, first_step, accelerator, args):
     )
 
 
+def begin_demo(accelerator):
+    logger.info(f"This is the embedded demo, with the settings of {DEMO_SETTINGS}; --help says how to name a model.")
+    if accelerator.device.type == "cpu":
+        use_all_cpus()
+
+
 def main(args):
     accelerator, run = start_run(args, sharding=SHARDED)
     if args.demo:
