@@ -379,7 +379,9 @@ def build_dataloader(train_set, first_step, accelerator, args):
     )
 
 
-def begin_demo(accelerator):
+def begin_demo(accelerator, args):
+    if not args.demo:
+        return
     logger.info(f"This is the embedded demo, with the settings of {DEMO_SETTINGS}; --help says how to name a model.")
     if accelerator.device.type == "cpu":
         use_all_cpus()
@@ -453,7 +455,6 @@ def main(args):
     balance = GradientBalance(accelerator, lora_parameters, args.tmax, every=args.balance_steps)
     run.keep(alarm=alarm, anchor_budget=anchor_budget, balance=balance)
     first_step = run.resume()
-
     batches = iter(build_dataloader(train_set, first_step, accelerator, args))
     if args.cache_latents:
         offload_encoders(vae, *text_encoders)
@@ -575,14 +576,7 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         args.output_dir,
         base_model=args.pretrained_model_name_or_path,
         model_description="LoRA fine-tuned by ACPO (Anchor-Constrained Perceptual Optimization).",
-        tags=[
-            "sd3",
-            "sd3-diffusers",
-            "text-to-image",
-            "diffusers",
-            "lora",
-            "acpo",
-        ],
+        tags=["sd3", "sd3-diffusers", "text-to-image", "diffusers", "lora", "acpo"],
         dataset=args.dataset_name or args.train_data_dir or args.train_prompts,
         image_files=pictures,
         metrics=table,
