@@ -379,9 +379,7 @@ def build_dataloader(train_set, first_step, accelerator, args):
     )
 
 
-def begin_demo(accelerator, args):
-    if not args.demo:
-        return
+def begin_demo(accelerator):
     logger.info(f"This is the embedded demo, with the settings of {DEMO_SETTINGS}; --help says how to name a model.")
     if accelerator.device.type == "cpu":
         use_all_cpus()
@@ -390,11 +388,7 @@ def begin_demo(accelerator, args):
 def main(args):
     accelerator, run = start_run(args, sharding=SHARDED)
     if args.demo:
-        logger.info(
-            f"This is the embedded demo, with the settings of {DEMO_SETTINGS}; --help says how to name a model."
-        )
-        if accelerator.device.type == "cpu":
-            use_all_cpus()
+        begin_demo(accelerator)
 
     # Data, prompts and evaluators are checked before the model is loaded.
     dataset, eval_prompts = load_data(args, accelerator)
@@ -455,6 +449,7 @@ def main(args):
     balance = GradientBalance(accelerator, lora_parameters, args.tmax, every=args.balance_steps)
     run.keep(alarm=alarm, anchor_budget=anchor_budget, balance=balance)
     first_step = run.resume()
+
     batches = iter(build_dataloader(train_set, first_step, accelerator, args))
     if args.cache_latents:
         offload_encoders(vae, *text_encoders)
