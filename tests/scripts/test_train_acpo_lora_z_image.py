@@ -152,19 +152,12 @@ def test_all_of_a_step_is_on_the_models_device(world, monkeypatch, case):
 def test_a_step_of_two_captions_of_unlike_length_is_the_mean_of_each_alone(world):
     """In what it says and in its gradient, with the same noise."""
     losses, gradients = [], []
-    (trained,) = (
-        p
-        for n, p in world.pipeline.transformer.named_parameters()
-        if n == "layers.0.attention.to_q.lora_B.default.weight"
-    )
-    whole = dict(world.batch)
+    transformer = world.pipeline.transformer
+    trained = transformer.layers[0].attention.to_q.lora_B["default"].weight
     noises = torch.randn(2, 16, 16, 16, generator=step_generator(9))
     for rows in (slice(0, 2), slice(0, 1), slice(1, 2)):
-        world.batch.clear()
-        world.batch |= whole | {name: whole[name][rows] for name in ("input_ids", "prompts")}
-        latents, sigmas = noises[rows], torch.tensor([0.2, 0.1])[rows]
-        conditions = z_image.encode_prompts(world.batch, world.models[3])
-        pred = z_image.predict(world.pipeline.transformer, latents, sigmas, conditions)
+        conditions = z_image.encode_prompts({"input_ids": world.batch["input_ids"][rows]}, world.models[3])
+        pred = z_image.predict(transformer, noises[rows], torch.tensor([0.2, 0.1])[rows], conditions)
         loss = (pred - 1).pow(2).mean()
         gradients.append(torch.autograd.grad(loss, trained)[0])
         losses.append(loss.detach())
