@@ -126,7 +126,8 @@ def test_a_rollout_and_the_steps_after_it_are_the_pipelines_own_latents(parts, t
 
     expected = own(list(PROMPTS), **sampled, latents=noise, output_type="pt", callback_on_step_end=keep).images
     schedule = z_image.schedule(noise_scheduler, noise.shape, 7)
-    assert torch.equal(schedule, own.scheduler.sigmas[: len(schedule)]) and schedule[-1] == 0 < schedule[-2]
+    torch.testing.assert_close(schedule, own.scheduler.sigmas[: len(schedule)], atol=1e-6, rtol=0)
+    assert schedule[-1] == 0 < schedule[-2]
     stop = int((1000 * schedule >= 800).sum())
     assert 0 < stop < 6
     latents, sigmas = rollout_late_latents(predict, schedule, noise, tmax=800)
