@@ -308,7 +308,7 @@ def load_models(args, weight_dtype, device):
     check_sizes(noise_scheduler, vae, transformer, args.tmax, args.resolution, args.decode_size)
     schedule = partial(z_image.schedule, noise_scheduler, latents_shape(vae, 1, args.resolution))
     flow_matching.check_late_window(schedule, args.tmax, args.num_inference_steps)
-    reason = z_image.distilled(args.pretrained_model_name_or_path, args.revision, noise_scheduler)
+    reason = z_image.distilled(args.pretrained_model_name_or_path, args.revision)
     if reason and args.diffusion_weight:
         logger.warning(
             f"This model seems to be distilled to few steps ({reason}), and L_diff would undo that. Its mode is "

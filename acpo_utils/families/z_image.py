@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from accelerate.utils import compare_versions
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from acpo_utils.families.chat import ChatTokenizer, read_ids
 from acpo_utils.families.loading import (
     distilled_by_card,
     distilled_by_name,
@@ -27,34 +27,9 @@ PARTS = {
     "vae": AutoencoderKL,
     "transformer": ZImageTransformer2DModel,
 }
-NO_TOKEN = -1  # where a caption has ended, in a batch's input_ids
 TURBO_SHIFT = 3.0  # of Z-Image-Turbo's scheduler; Z-Image's is 6
 # Before, the pipeline's last step is one from sigma = 0 to 0, which moves nothing.
 STEPS_ARE_STEPS = compare_versions("diffusers", ">=", "0.39.0")
-
-
-class ChatTokenizer:
-    """A tokenizer that takes a prompt for a user's turn in a chat, as the pipeline does.
-
-    Called as a tokenizer is. Of padded `input_ids` those past a caption's end are `NO_TOKEN`: the text encoder has to know
-    them, and the token that pads may stand in a caption as well. `model_max_length` counts the words around a turn too.
-    """
-
-    def __init__(self, tokenizer: Qwen2Tokenizer, model_max_length: int):
-        self.tokenizer, self.model_max_length = tokenizer, model_max_length
-
-    def __call__(self, prompts: str | list[str], **how):
-        one = isinstance(prompts, str)
-        turns = [self._turn(prompt) for prompt in ([prompts] if one else prompts)]
-        encoded = self.tokenizer(turns[0] if one else turns, **how)
-        if how.get("return_tensors") == "pt":
-            encoded["input_ids"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, NO_TOKEN)
-        return encoded
-
-    def _turn(self, prompt: str) -> str:
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
 
 
 def load(
@@ -83,7 +58,7 @@ def load(
         check_configs=_check_configs,
     )
     limit_tokenizer(parts["tokenizer"], parts["text_encoder"])
-    tokenizers = [ChatTokenizer(parts["tokenizer"], max_sequence_length)]
+    tokenizers = [ChatTokenizer(parts["tokenizer"], max_sequence_length, enable_thinking=True)]
     text_encoders = torch.nn.ModuleList([parts["text_encoder"]])
     for model in (text_encoders, parts["vae"], parts["transformer"]):
         model.to(device)
@@ -118,9 +93,9 @@ def encode_prompts(batch: dict, text_encoders: Sequence[torch.nn.Module]) -> dic
     """
     if "prompt_embeds" in batch:
         return {"prompt_embeds": list(batch["prompt_embeds"])}
-    is_token = batch["input_ids"] != NO_TOKEN
+    input_ids, is_token = read_ids(batch["input_ids"])
     states = text_encoders[0](
-        input_ids=batch["input_ids"].masked_fill(~is_token, 0),
+        input_ids=input_ids,
         attention_mask=is_token,
         output_hidden_states=True,
         use_cache=False,
@@ -140,13 +115,18 @@ def longest_conditions(conditions: dict, num_tokens: int) -> dict[str, torch.Ten
     return {"prompt_embeds": embeds.new_zeros(1, num_tokens, embeds.shape[-1])}
 
 
+def _clock(sigmas: torch.Tensor) -> torch.Tensor:
+    """1 - sigma, rounded as the pipeline rounds it."""
+    return (1000 - 1000 * sigmas) / 1000
+
+
 def predict(transformer, latents: torch.Tensor, sigmas: torch.Tensor, conditions: dict) -> torch.Tensor:
     """The velocity eps - x0 (B, 16, h, w) at latents (B, 16, h, w), sigmas (B,), `conditions` of B captions.
 
     The transformer is told 1 - sigma, and says x0 - eps. It takes and gives pictures one by one, with an axis for frames.
     """
     pictures = list(latents.unsqueeze(2).unbind())  # B times (16, 1, h, w)
-    velocities = transformer(pictures, 1 - sigmas, conditions["prompt_embeds"], return_dict=False)[0]
+    velocities = transformer(pictures, _clock(sigmas), conditions["prompt_embeds"], return_dict=False)[0]
     return -torch.stack(velocities).squeeze(2)
 
 
@@ -171,7 +151,7 @@ def guided(
         norms = [torch.linalg.vector_norm(v.flatten(1), dim=1) for v in (pred, guided_pred)]  # (B,) each
         shares = (cfg_normalization * norms[0] / norms[1]).clamp(max=1)
         guided_pred = guided_pred * shares.view(-1, *[1] * (pred.ndim - 1))
-    truncated = (1000 - 1000 * sigmas) / 1000 > cfg_truncation  # rounded as the pipeline rounds it
+    truncated = _clock(sigmas) > cfg_truncation
     return torch.where(truncated.view(-1, *[1] * (pred.ndim - 1)), pred, guided_pred)
 
 
@@ -191,16 +171,22 @@ def schedule(noise_scheduler, latents_shape: Sequence[int], num_inference_steps:
         config.max_shift,
     )
     steps = num_inference_steps if STEPS_ARE_STEPS else max(num_inference_steps - 1, 1)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
     return scheduler.sigmas
 
 
-def distilled(pretrained_model_name_or_path: str, revision: str | None, noise_scheduler) -> str | None:
-    """What says that a model was distilled to few steps, as Z-Image-Turbo: its name, its card or its schedule; or None."""
+def distilled(pretrained_model_name_or_path: str, revision: str | None) -> str | None:
+    """What says that a model was distilled to few steps, as Z-Image-Turbo: its name, its card, or the scheduler it was saved
+    with; None if nothing does."""
     by_words = distilled_by_name(pretrained_model_name_or_path)
     if by_words := by_words or distilled_by_card(pretrained_model_name_or_path, revision):
         return by_words
-    turbo = not noise_scheduler.config.use_dynamic_shifting and noise_scheduler.config.shift == TURBO_SHIFT
+    config = FlowMatchEulerDiscreteScheduler.load_config(
+        pretrained_model_name_or_path, revision=revision, subfolder="scheduler"
+    )
+    if config["_class_name"] == "FlowMatchLCMScheduler":
+        return "its scheduler is a FlowMatchLCMScheduler"
+    turbo = not config.get("use_dynamic_shifting") and config.get("shift") == TURBO_SHIFT
     return f"its scheduler's shift is {TURBO_SHIFT:g}, Z-Image-Turbo's" if turbo else None
 
 

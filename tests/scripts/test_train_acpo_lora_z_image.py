@@ -75,7 +75,7 @@ def world(tiny_guide):
         model.requires_grad_(False)
     torch.manual_seed(0)
     pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=z_image.TARGETS.split(",")))
-    tokenizers = [z_image.ChatTokenizer(pipeline.tokenizer, 60)]
+    tokenizers = [z_image.ChatTokenizer(pipeline.tokenizer, 60, enable_thinking=True)]
     guide, texts = load_evaluator(f"ipce:{tiny_guide}"), ["a red wall", "a blue wall with a window, seen from afar"]
     batch = script.data.token_ids(tokenizers, texts) | {
         "pixel_values": torch.rand(2, 3, 32, 32, generator=step_generator(0)) * 2 - 1,
