@@ -21,6 +21,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from peft import LoraConfig
 from tqdm.auto import tqdm
@@ -81,6 +82,13 @@ FAMILIES = {
             "prompt_embeds": (1, 77 + 256, 4096),
             "pooled_prompt_embeds": (1, 2048),
         },
+    },
+    "z-image": {  # a caption of 512 tokens, which few are
+        "script": "train_acpo_lora_z_image.py",
+        "resolution": 1024,
+        "transformer_class": ZImageTransformer2DModel,
+        "transformer": {},
+        "conditions": {"prompt_embeds": (1, 512, 2560)},
     },
     "flux": {  # FLUX.1-dev
         "script": "train_acpo_lora_flux.py",

@@ -56,6 +56,14 @@ def tiny_sd3_pipeline(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_z_image_pipeline(tmp_path_factory) -> str:
+    """A Z-Image folder of real classes at a tiny size, with random weights."""
+    from tests.tiny_models import save_tiny_z_image
+
+    return save_tiny_z_image(tmp_path_factory.mktemp("tiny") / "z_image")
+
+
+@pytest.fixture(scope="session")
 def tiny_flux_pipeline(tmp_path_factory) -> str:
     """A FLUX.1 folder of real classes at a tiny size, with random weights."""
     from tests.tiny_models import save_tiny_flux

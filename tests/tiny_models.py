@@ -20,6 +20,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from open_clip.model import CLIP
 from safetensors.torch import save_file
@@ -30,6 +32,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -354,6 +359,73 @@ def tiny_ddpm(folder: Path, pipeline_class: type = DDPMPipeline, **scheduler_ove
 
 def tiny_ddim(folder: Path) -> str:
     return tiny_ddpm(folder, DDIMPipeline)
+
+
+# --- Z-Image
+
+
+def tiny_chat_tokenizer() -> Qwen2Tokenizer:
+    """Every byte is a token. Its template depends on whether the assistant is to think, as Qwen3's does."""
+    tokenizer = Qwen2Tokenizer(
+        vocab={character: i for i, character in enumerate(bytes_to_unicode().values())},
+        merges=[],
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>a\n{% endif %}{% if not enable_thinking %}no{% endif %}"
+    )
+    return tokenizer
+
+
+def tiny_z_image_transformer(seed: int = 0, **overrides) -> ZImageTransformer2DModel:
+    """Told of `tiny_z_image`'s text encoder, 16 wide."""
+    torch.manual_seed(seed)
+    config = {
+        "in_channels": 16,
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 16,
+        "axes_dims": [8, 4, 4],
+        "axes_lens": [256, 32, 32],
+    }
+    transformer = ZImageTransformer2DModel(**(config | overrides))
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    return transformer
+
+
+def tiny_z_image(**overrides) -> ZImagePipeline:
+    """As Z-Image, not its Turbo: a shift of 6."""
+    tokenizer = tiny_chat_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+    )
+    parts = {
+        "vae": tiny_flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": seeded(Qwen3Model(config)),
+        "tokenizer": tokenizer,
+        "transformer": tiny_z_image_transformer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
+    }
+    return ZImagePipeline(**(parts | overrides))
+
+
+def save_tiny_z_image(folder: Path, **overrides) -> str:
+    """A Z-Image folder."""
+    tiny_z_image(**overrides).save_pretrained(folder)
+    return str(folder)
 
 
 # --- CLIP and the guide

@@ -163,8 +163,9 @@ class CaptionedImages(torch.utils.data.Dataset):
         captions = []
         for caption in self.dataset[self.caption_column][:]:
             captions += [caption] if isinstance(caption, str) else caption
-        # A token is at least one byte: most captions need no look.
-        suspects = [caption for caption in captions if len(caption.encode()) > limit - 2]
+        # A token is at least one byte, beside those around every caption: most captions need no look.
+        around = len(tokenizer("").input_ids)
+        suspects = [caption for caption in captions if len(caption.encode()) > limit - around]
         lengths = [len(tokenizer(caption, truncation=False, verbose=False).input_ids) for caption in suspects]
         long = [caption for caption, length in zip(suspects, lengths) if length > limit]
         if long:
@@ -213,11 +214,23 @@ def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
 
 
 def collate(items: list[dict]) -> dict:
-    """{"pixel_values": (B, 3, R, R), "prompts": list of B strings}, and what else the items have, stacked."""
-    batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "prompt"}
+    """{"pixel_values": (B, 3, R, R), "prompts": list of B strings}, and what else the items have, stacked.
+
+    Of unequal shapes, as the embeddings of Z-Image's captions, they stay a list of B tensors.
+    """
+    batch = {}
+    for name in (name for name in items[0] if name != "prompt"):
+        values = [item[name] for item in items]
+        batch[name] = torch.stack(values) if len({value.shape for value in values}) == 1 else values
     return {**batch, "prompts": [item["prompt"] for item in items]}
 
 
 def to_device(batch: dict, device: str | torch.device) -> dict:
-    """The batch with its tensors on `device`; prompts stay as they are."""
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    """The batch with its tensors, and those of its lists, on `device`; prompts stay as they are."""
+
+    def move(value):
+        if isinstance(value, list):
+            return [move(one) for one in value]
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return {name: move(value) for name, value in batch.items()}

@@ -102,8 +102,12 @@ class CachedLatents(torch.utils.data.Dataset):
         ids = [token_ids(self.tokenizer, [caption]) for caption in captions]  # caption by caption, for the same reason
         conditions = [encode_prompts({name: i.to(vae.device) for name, i in one.items()}, text_encoder) for one in ids]
         kept = {"moments": torch.stack(moments).to("cpu", self.dtype)}  # (1 or 2, 2C, h, w)
-        for name in conditions[0]:  # (captions, ...), such as prompt_embeds (captions, tokens, dim)
-            kept[name] = torch.cat([condition[name] for condition in conditions]).to("cpu", self.dtype)
+        for name, value in conditions[0].items():  # (captions, ...), such as prompt_embeds (captions, tokens, dim)
+            if isinstance(value, list):  # each caption's of its own length: kept by themselves
+                for number, condition in enumerate(conditions):
+                    kept[f"caption {number} {name}"] = condition[name][0].to("cpu", self.dtype)
+            else:
+                kept[name] = torch.cat([condition[name] for condition in conditions]).to("cpu", self.dtype)
         if self.describe_crop is not None:
             flipped_left = scaled_size(image.size, self.resolution)[0] - self.resolution - left
             crops = [(top, left), (top, flipped_left)][: len(flips)]
@@ -131,6 +135,11 @@ class CachedLatents(torch.utils.data.Dataset):
         chosen = int(rng.integers(len(captions))) if several else 0
         item = {"prompt": captions[chosen] if several else captions}
         for name in names:
+            if name.startswith("caption "):
+                _, caption, condition = name.split()
+                if int(caption) == chosen:  # others a row may not have
+                    item[condition] = file.get_tensor(f"{name} {row}")
+                continue
             kept = file.get_slice(f"{name} {row}")
             if name == "moments":
                 item["latent_moments"] = kept[flip]

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import compare_versions
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import ModelCard, hf_hub_download
 
 from acpo_utils.files import load_strictly, one_line
 
@@ -17,6 +18,7 @@ DISTILLED = ("turbo", "lightning", "hyper-sd", "hypersd", "lcm", "dmd", "flash",
 # What a pipeline of each class is called, where it is not the plain one.
 FAMILIES = {
     "StableDiffusionXLPipeline": "Stable Diffusion XL",
+    "ZImagePipeline": "Z-Image",
     "StableDiffusion3Pipeline": "Stable Diffusion 3",
     "FluxPipeline": "FLUX.1",
 }
@@ -25,6 +27,7 @@ SCRIPTS = {
     "StableDiffusionXL": "train_acpo_lora_sdxl.py",
     "StableDiffusion3": "train_acpo_lora_sd3.py",
     "StableDiffusion": "train_acpo_lora_sd.py",
+    "ZImage": "train_acpo_lora_z_image.py",
     "DDPM": "train_acpo_ddpm.py",
     "DDIM": "train_acpo_ddpm.py",
     "Flux2": "diffusers' train_dreambooth_lora_flux2.py, without ACPO",
@@ -148,6 +151,22 @@ def distilled_by_name(pretrained_model_name_or_path: str) -> str | None:
     name = (path.name if path.exists() else str(path)).lower()
     found = [word for word in DISTILLED if word in name]
     return f"{found[0]!r} is in its name" if found else None
+
+
+def distilled_by_card(pretrained_model_name_or_path: str, revision: str | None = None) -> str | None:
+    """The same of the card's header, of a folder's README.md or the hub's: the names of the base model, and tags."""
+    path = Path(pretrained_model_name_or_path)
+    try:
+        card = path / "README.md" if path.exists() else hf_hub_download(str(path), "README.md", revision=revision)
+        header = ModelCard.load(card).data.to_dict()
+    except Exception:  # there may be no card, or no hub; a header, which people write, may be anything
+        return None
+    for field in ("base_model", "tags"):
+        values = header.get(field) or []
+        for value in [values] if isinstance(values, str) else values:
+            if found := [word for word in DISTILLED if word in str(value).lower()]:
+                return f"{found[0]!r} is in its card's {field}"
+    return None
 
 
 def check_channels(source: str, revision: str | None) -> dict:

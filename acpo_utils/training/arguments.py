@@ -57,6 +57,8 @@ AT_LEAST = {
     "late_backprop_steps": 1,
     "decode_batch_size": 1,
     "decode_size": 1,
+    "cfg_normalization": 0,
+    "cfg_truncation": 0,
     # what is looked at, and saved
     "validation_steps": NEVER,
     "balance_steps": NEVER,

@@ -78,7 +78,7 @@ def _may_differ(settings: dict) -> set[str]:
         names = names | {"num_inference_steps"}
         # FLUX.1 is told the scale in every late pass.
         if not (settings.get("scored_guidance") or "train_guidance_scale" in settings):
-            names = names | {"guidance_scale"}
+            names = names | {"guidance_scale", "cfg_normalization", "cfg_truncation"}
     if "mos_column" in settings:  # stage 1: validation chooses the evaluator that is kept
         names = names - {"validation_steps", "max_validation_samples"}
     if settings.get("validation_data_dir", "") is None:  # the images held out are taken from the training's

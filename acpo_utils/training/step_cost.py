@@ -165,9 +165,17 @@ class StepCost:
                     self.costs[key] = cost_of(run)
             return self.costs[key]
 
-        def predict(latents, *others, **named):
+        def predict_one_by_one(latents, *others, **named):
+            def as_batch(given):
+                return (torch.stack(unet(list(given.unbind()), *others, **named)[0]),)
+
+            return (list(predict(torch.stack(latents), model=as_batch)[0].unbind()),)
+
+        def predict(latents, *others, model=unet, **named):
+            if isinstance(latents, list):  # as Z-Image's transformer takes them
+                return predict_one_by_one(latents, *others, **named)
             given = latents.detach().requires_grad_(latents.requires_grad)
-            run = lambda: unet(given, *others, **named)[0]  # noqa: E731
+            run = lambda: model(given, *others, **named)[0]  # noqa: E731
             flags = (args.mixed_precision, args.gradient_checkpointing)
             each = cost(run, "unet", latents.shape[1:], latents.requires_grad, *flags)
             if torch.is_grad_enabled():

@@ -10,13 +10,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
 )
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from acpo_utils.lora import load_lora, read_lora_config, save_lora
-from tests.tiny_models import tiny_sdxl_unet
+from tests.tiny_models import tiny_sdxl_unet, tiny_z_image_transformer
 
 
 def tiny_sd3() -> SD3Transformer2DModel:
@@ -51,6 +52,7 @@ def tiny_flux() -> FluxTransformer2DModel:
 
 FAMILIES = {
     "sdxl": (tiny_sdxl_unet, StableDiffusionXLPipeline, "unet"),
+    "z_image": (tiny_z_image_transformer, ZImagePipeline, "transformer"),
     "sd3": (tiny_sd3, StableDiffusion3Pipeline, "transformer"),
     "flux": (tiny_flux, FluxPipeline, "transformer"),
 }

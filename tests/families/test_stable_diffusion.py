@@ -117,6 +117,7 @@ def test_files_of_a_variant_are_taken_by_their_flag_which_is_named(folder):
     "name, script",
     [
         ("StableDiffusionXLPipeline", "train_acpo_lora_sdxl.py"),
+        ("ZImagePipeline", "train_acpo_lora_z_image.py"),
         ("DDPMPipeline", "train_acpo_ddpm.py"),
         ("FluxPipeline", "train_acpo_lora_flux.py"),
         ("Flux2KleinPipeline", "train_dreambooth_lora_flux2.py"),

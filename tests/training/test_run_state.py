@@ -183,6 +183,7 @@ EVERY_FLAG = [(name, flag) for name in SCRIPTS for flag in actions(name)]
 
 def test_the_training_scripts_are_found():
     latent = ["train_acpo_lora_flux", "train_acpo_lora_sd", "train_acpo_lora_sd3", "train_acpo_lora_sdxl"]
+    latent.append("train_acpo_lora_z_image")
     assert SCRIPTS == ["train_acpo_ddpm", *latent, "train_iqa_ipce", "train_iqa_twostream"]
     assert len(EVERY_FLAG) > 200
 
