@@ -552,6 +552,7 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         guidance_scale=args.guidance_scale,
         device=device,
         events=events,
+        prompt_file=args.eval_prompts,
         predictor=partial(z_image.predictor, max_sequence_length=args.max_sequence_length),
         resolution=args.resolution,
         max_sequence_length=args.max_sequence_length,

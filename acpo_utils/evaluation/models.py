@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from peft import LoraConfig
 
-from acpo_utils.families import flux, sd3, sdxl, stable_diffusion
+from acpo_utils.families import flux, sd3, sdxl, stable_diffusion, z_image
 from acpo_utils.families.loading import DTYPE, denoiser
 from acpo_utils.files import load_strictly
 from acpo_utils.lora import load_lora, read_lora_config
@@ -21,6 +21,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": sdxl,
     "StableDiffusion3Pipeline": sd3,
     "FluxPipeline": flux,
+    "ZImagePipeline": z_image,
 }
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 PREDICT_NOISE = (*UNCONDITIONAL, "StableDiffusionPipeline", "StableDiffusionXLPipeline")

@@ -22,7 +22,7 @@ from tests.launching import EXAMPLES, command_line, refused, run_script
 
 SCRIPT = EXAMPLES / "evaluate_acpo.py"
 PROMPTS = ["a red wall", "a blue wall", "a green wall"]
-FOLDERS = ["tiny_sdxl_pipeline", "tiny_sd3_pipeline", "tiny_flux_pipeline"]
+FOLDERS = ["tiny_sdxl_pipeline", "tiny_sd3_pipeline", "tiny_flux_pipeline", "tiny_z_image_pipeline"]
 
 
 def save_random_lora(source: str, folder):
