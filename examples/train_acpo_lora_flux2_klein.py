@@ -292,7 +292,7 @@ def parse_args(input_args=None):
 
 def load_models(args, weight_dtype, device):
     """The parts, and `build_pipeline`, which makes a pipeline to sample with of them and of the transformer it is given."""
-    noise_scheduler, tokenizers, text_encoders, vae, transformer = flux2_klein.load(
+    noise_scheduler, tokenizers, text_encoders, vae, transformer, is_distilled = flux2_klein.load(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
@@ -300,7 +300,6 @@ def load_models(args, weight_dtype, device):
         device=device,
         max_sequence_length=args.max_sequence_length,
     )
-    is_distilled = flux2_klein.is_distilled(args.pretrained_model_name_or_path, args.revision)
     if is_distilled:  # its pipeline has no guidance
         args.guidance_scale = 1.0
     if not args.lora_path:
@@ -552,6 +551,7 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         guidance_scale=args.guidance_scale,
         device=device,
         events=events,
+        prompt_file=args.eval_prompts,
         predictor=partial(flux2_klein.predictor, max_sequence_length=args.max_sequence_length),
         resolution=args.resolution,
         max_sequence_length=args.max_sequence_length,
@@ -560,14 +560,7 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         args.output_dir,
         base_model=args.pretrained_model_name_or_path,
         model_description="LoRA fine-tuned by ACPO (Anchor-Constrained Perceptual Optimization).",
-        tags=[
-            "flux2-klein",
-            "flux2-klein-diffusers",
-            "text-to-image",
-            "diffusers",
-            "lora",
-            "acpo",
-        ],
+        tags=["flux2-klein", "flux2-klein-diffusers", "text-to-image", "diffusers", "lora", "acpo"],
         dataset=args.dataset_name or args.train_data_dir or args.train_prompts,
         image_files=pictures,
         metrics=table,

@@ -38,7 +38,8 @@ def load(
     device: str | torch.device,
     max_sequence_length: int = 512,
 ):
-    """(noise_scheduler, tokenizers, text_encoders, vae, transformer) of a hub id or a folder; frozen, on `device`.
+    """(noise_scheduler, tokenizers, text_encoders, vae, transformer, is_distilled) of a hub id or a folder; frozen, on
+    `device`.
 
     The VAE is in fp32, since its decode is scored, the others in `weight_dtype`. `tokenizers` is a list of one
     `ChatTokenizer`, `text_encoders` a ModuleList of one. `max_sequence_length` is a caption's, in tokens. Every part is loaded
@@ -60,7 +61,8 @@ def load(
     for model in (text_encoders, parts["vae"], parts["transformer"]):
         model.to(device)
     noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
-    return noise_scheduler, tokenizers, text_encoders, parts["vae"], parts["transformer"]
+    quick = is_distilled(pretrained_model_name_or_path, revision)
+    return noise_scheduler, tokenizers, text_encoders, parts["vae"], parts["transformer"], quick
 
 
 def _check_configs(source: str, revision: str | None) -> None:

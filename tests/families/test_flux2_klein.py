@@ -59,7 +59,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(tiny_klein_pipeline):
     """Padding and all, cut off at the same token."""
     own = Flux2KleinPipeline.from_pretrained(tiny_klein_pipeline)
     for length in (LENGTH, 16):
-        _, tokenizers, text_encoders, _, _ = load(tiny_klein_pipeline, length)
+        _, tokenizers, text_encoders, *_ = load(tiny_klein_pipeline, length)
         conditions = encoded(tokenizers, text_encoders, PROMPTS)
         embeds, _ = own.encode_prompt(PROMPTS, max_sequence_length=length)
         assert embeds.shape == (2, length, 48)
@@ -80,7 +80,8 @@ def test_a_rollout_and_the_steps_after_it_are_the_pipelines_own_latents(
     """Of pictures that are not square. Positions, the shift, the sign of v, normalisation and guidance are all in it; of a
     distilled model there is none."""
     folder = distilled_folder if quick else tiny_klein_pipeline
-    noise_scheduler, tokenizers, text_encoders, vae, transformer = load(folder)
+    noise_scheduler, tokenizers, text_encoders, vae, transformer, distilled = load(folder)
+    assert distilled == quick
     conditions = encoded(tokenizers, text_encoders, PROMPTS)
     negative = {name: rows.expand(2, -1, -1) for name, rows in encoded(tokenizers, text_encoders, [""]).items()}
 
@@ -171,7 +172,7 @@ def inputs(conditions):
 
 def test_the_anchor_is_0_at_the_start_and_every_lora_tensor_has_a_gradient(tiny_klein_pipeline):
     """Of the layers that diffusers' script trains: four of the double block, two of each single one."""
-    _, tokenizers, text_encoders, _, transformer = load(tiny_klein_pipeline)
+    _, tokenizers, text_encoders, _, transformer, _ = load(tiny_klein_pipeline)
     targets = flux2_klein.targets(transformer).split(",")
     assert targets[-2:] == ["single_transformer_blocks.0.attn.to_out", "single_transformer_blocks.1.attn.to_out"]
     transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=targets))
@@ -190,7 +191,7 @@ def test_the_anchor_is_0_at_the_start_and_every_lora_tensor_has_a_gradient(tiny_
 
 
 def test_a_lora_of_another_alpha_than_rank_is_the_same_in_the_pipeline(tiny_klein_pipeline, tmp_path):
-    _, tokenizers, text_encoders, _, transformer = load(tiny_klein_pipeline)
+    _, tokenizers, text_encoders, _, transformer, _ = load(tiny_klein_pipeline)
     targets = ["to_q", "attn.to_qkv_mlp_proj", "single_transformer_blocks.1.attn.to_out", "ff_context.linear_out"]
     transformer.add_adapter(LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False))
     save_lora(transformer, tmp_path, Flux2KleinPipeline)
@@ -211,7 +212,7 @@ def test_a_lora_of_another_alpha_than_rank_is_the_same_in_the_pipeline(tiny_klei
 
 
 def test_the_drift_is_measured_on_the_pipelines_latents(tiny_klein_pipeline, monkeypatch):
-    noise_scheduler, tokenizers, text_encoders, vae, transformer = load(tiny_klein_pipeline)
+    noise_scheduler, tokenizers, text_encoders, vae, transformer, _ = load(tiny_klein_pipeline)
     transformer.add_adapter(LoraConfig(r=3, target_modules=["to_q", "to_v"], init_lora_weights=False))
     pipeline = flux2_klein.build_pipeline(transformer, vae, text_encoders, tokenizers, noise_scheduler, False)
     images, seen = torch.rand(2, 3, 32, 32), []

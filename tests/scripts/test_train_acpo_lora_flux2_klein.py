@@ -282,6 +282,7 @@ def test_its_step_is_that_of_stable_diffusion_3_but_for_the_names():
     for path in (SD3_SCRIPT, SCRIPT):
         source = path.read_text()
         step = source[source.index("def training_step(") :]
-        steps.append(step[: step.index("def parse_args(")])  # with guidance and rollout
+        end = step.index("\n\n\n", step.index("def sample_late_latents("))
+        steps.append(step[:end])  # with guidance and rollout
     sd3, klein = steps
     assert sd3.replace("sd3.", "flux2_klein.").replace("(B, 16, h, w)", "(B, 128, h, w)") == klein
