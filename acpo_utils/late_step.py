@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, ModelMixin, StableDiffusionPipeline
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -102,16 +102,23 @@ def denoise_late_steps(
     return x0
 
 
-def decode_latents(
-    vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor, batch_size: int | None = None
-) -> torch.Tensor:
+def unscale_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """From latents (B, C, h, w) as the denoiser sees them, in fp32, to the VAE's own: FLUX.2's are in patches of 2 x 2."""
+    if not hasattr(vae, "bn"):
+        return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()  # (C,)
+    latents = latents * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)
+    return torch.nn.functional.pixel_shuffle(latents, vae.config.patch_size[0])
+
+
+def decode_latents(vae: ModelMixin, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
     """x_hat = D(z_0_hat) (eq. 5): decode with gradient, in the precision of `vae`, to the range that evaluators expect.
 
     The same arithmetic as `VaeImageProcessor.postprocess`, without leaving the graph. fp32 is right for every VAE; a fp16
     decode overflows, a bf16 one does not, and rounds. `checkpoint_decoder` trades its activations for a second forward.
 
     Args:
-        latents: (B, 4, h, w), scaled as the U-Net sees them.
+        latents: (B, C, h, w), as the denoiser sees them.
         batch_size: decode so many samples at a time, each chunk again in the backward pass, so that no more than one
             chunk's activations are kept. None: all at once.
     Returns:
@@ -122,8 +129,7 @@ def decode_latents(
         with torch.autocast(latents.device.type, enabled=False):
             return vae.decode(latents, return_dict=False)[0]
 
-    latents = latents.float() / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-    latents = latents.to(vae.dtype)
+    latents = unscale_latents(vae, latents.float()).to(vae.dtype)
     if batch_size is None:
         images = decode(latents)
     else:
@@ -183,8 +189,7 @@ def rollout_late_samples(
             f"{num_inference_steps} sampling steps end at t = {int(scheduler.timesteps[-1])}, none below tmax {tmax}: "
             "take more sampling steps or a larger tmax"
         )
-    samples = batch_randn(shape, generator, device, dtype)
-    samples = samples * scheduler.init_noise_sigma
+    samples = batch_randn(shape, generator, device, dtype) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         if timestep < tmax:
             break

@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -100,7 +102,42 @@ FAMILIES = {
             "pooled_prompt_embeds": (1, 768),
         },
     },
+    "flux2-klein": {  # 4B
+        "script": "train_acpo_lora_flux2_klein.py",
+        "resolution": 1024,
+        "transformer_class": Flux2Transformer2DModel,
+        "transformer": {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        "vae_class": AutoencoderKLFlux2,
+        "latent_channels": 32,
+        "target_modules": [
+            "to_k",
+            "to_q",
+            "to_v",
+            "to_out.0",
+            "to_qkv_mlp_proj",
+            *[f"single_transformer_blocks.{n}.attn.to_out" for n in range(20)],
+        ],
+        "conditions": {
+            "prompt_embeds": (1, 512, 7680),
+        },
+    },
 }
+TARGETS = [
+    "to_k",
+    "to_q",
+    "to_v",
+    "to_out.0",
+    "add_k_proj",
+    "add_q_proj",
+    "add_v_proj",
+    "to_add_out",  # of the transformers
+]
 # Flags for each row, beside --cache_latents: the first is a plain LoRA step.
 VARIANTS = {
     "LoRA": "--quality_weight 0 --anchor_weight 0",
@@ -128,26 +165,17 @@ def build_models(family):
             unet = family["transformer_class"](**family["transformer"]).requires_grad_(False)
         else:
             unet = UNet2DConditionModel(**family["unet"]).requires_grad_(False)
-        vae = AutoencoderKL(
+        vae = family.get("vae_class", AutoencoderKL)(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=2,
-            latent_channels=16 if flow_matching else 4,
+            latent_channels=family.get("latent_channels", 16 if flow_matching else 4),
         )
         lora_config = LoraConfig(
             r=4,
             lora_alpha=4,
-            target_modules=[
-                "to_k",
-                "to_q",
-                "to_v",
-                "to_out.0",
-                "add_k_proj",
-                "add_q_proj",
-                "add_v_proj",
-                "to_add_out",  # of the transformers
-            ],
+            target_modules=family.get("target_modules", TARGETS),
         )
         unet.add_adapter(lora_config)
     vae.requires_grad_(False)

@@ -88,7 +88,7 @@ def sample(pipeline, prompts, args):
     if args.max_sequence_length:
         more["max_sequence_length"] = args.max_sequence_length
     output = pipeline(
-        [prompt.text for prompt in prompts],
+        prompt=[prompt.text for prompt in prompts],
         height=args.resolution,
         width=args.resolution,
         num_inference_steps=args.num_inference_steps,

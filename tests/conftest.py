@@ -72,6 +72,15 @@ def tiny_flux_pipeline(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_klein_pipeline(tmp_path_factory) -> str:
+    """A FLUX.2-klein folder of real classes at a tiny size, with random weights. A test of it is skipped without one."""
+    pytest.importorskip("diffusers", minversion="0.37")
+    from tests.tiny_models import save_tiny_klein
+
+    return save_tiny_klein(tmp_path_factory.mktemp("tiny") / "klein")
+
+
+@pytest.fixture(scope="session")
 def tiny_guide(tmp_path_factory) -> str:
     """An IPCE folder around a tiny open_clip model with random weights."""
     from tests.tiny_models import save_tiny_guide

@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderTiny,
     DDIMPipeline,
     DDPMPipeline,
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -34,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -193,7 +196,7 @@ def save_tiny_sdxl(folder: Path, **overrides) -> str:
     return str(folder)
 
 
-# --- Flow matching: Stable Diffusion 3 and FLUX.1
+# --- Flow matching: Stable Diffusion 3, FLUX.1 and FLUX.2-klein
 
 
 def tiny_flow_vae(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
@@ -331,6 +334,87 @@ def save_tiny_flux(folder: Path, **overrides) -> str:
     return str(folder)
 
 
+def tiny_chat_tokenizer() -> Qwen2Tokenizer:
+    """Every byte is a token. Its template depends on whether the assistant is to think, as Qwen3's does."""
+    tokenizer = Qwen2Tokenizer(
+        vocab={character: i for i, character in enumerate(bytes_to_unicode().values())},
+        merges=[],
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>a\n{% endif %}{% if not enable_thinking %}no{% endif %}"
+    )
+    return tokenizer
+
+
+def tiny_klein_vae(seed: int = 1, **overrides) -> AutoencoderKLFlux2:
+    """8 channels of latents, twice as many pixels along a side, normalised as a trained one's are: not by 0 and 1."""
+    torch.manual_seed(seed)
+    config = {
+        "block_out_channels": (16, 16),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "latent_channels": 8,
+        "sample_size": 32,
+    }
+    vae = AutoencoderKLFlux2(**(config | overrides))
+    vae.bn.running_mean.uniform_(-0.5, 0.5)
+    vae.bn.running_var.uniform_(0.2, 3.0)
+    return vae
+
+
+def tiny_klein_transformer(seed: int = 0, **overrides) -> Flux2Transformer2DModel:
+    """Told of three layers of `tiny_klein`'s text encoder, which is 16 wide."""
+    torch.manual_seed(seed)
+    config = {
+        "in_channels": 32,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "axes_dims_rope": (4, 4, 4, 4),
+        "guidance_embeds": False,
+    }
+    return Flux2Transformer2DModel(**(config | overrides))
+
+
+def tiny_klein(**overrides):
+    """A Flux2KleinPipeline, of diffusers 0.37 or newer; `is_distilled=True`: as the models of four steps."""
+    from diffusers import Flux2KleinPipeline
+
+    tokenizer = tiny_chat_tokenizer()
+    text_config = Qwen3Config(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=640,
+        tie_word_embeddings=True,
+    )
+    parts = {
+        "vae": tiny_klein_vae(),
+        "text_encoder": seeded(Qwen3ForCausalLM(text_config)),
+        "tokenizer": tokenizer,
+        "transformer": tiny_klein_transformer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+    return Flux2KleinPipeline(**(parts | overrides))
+
+
+def save_tiny_klein(folder: Path, **overrides) -> str:
+    """A FLUX.2-klein folder."""
+    tiny_klein(**overrides).save_pretrained(folder)
+    return str(folder)
+
+
 # --- Unconditional models
 
 
@@ -362,21 +446,6 @@ def tiny_ddim(folder: Path) -> str:
 
 
 # --- Z-Image
-
-
-def tiny_chat_tokenizer() -> Qwen2Tokenizer:
-    """Every byte is a token. Its template depends on whether the assistant is to think, as Qwen3's does."""
-    tokenizer = Qwen2Tokenizer(
-        vocab={character: i for i, character in enumerate(bytes_to_unicode().values())},
-        merges=[],
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>a\n{% endif %}{% if not enable_thinking %}no{% endif %}"
-    )
-    return tokenizer
 
 
 def tiny_z_image_transformer(seed: int = 0, **overrides) -> ZImageTransformer2DModel:

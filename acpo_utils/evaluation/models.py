@@ -6,6 +6,7 @@ from functools import partial
 
 import diffusers
 import torch
+from accelerate.utils import compare_versions
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from peft import LoraConfig
 
@@ -23,6 +24,10 @@ FAMILIES = {
     "FluxPipeline": flux,
     "ZImagePipeline": z_image,
 }
+if compare_versions("diffusers", ">=", "0.37.0"):  # which has the pipeline
+    from acpo_utils.families import flux2_klein
+
+    FAMILIES["Flux2KleinPipeline"] = flux2_klein
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 PREDICT_NOISE = (*UNCONDITIONAL, "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 

@@ -35,7 +35,7 @@ def sample_images(
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
             output = pipeline(
-                chunk,
+                prompt=chunk,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 height=resolution,

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -10,27 +11,37 @@ from acpo_utils.files import load_strictly
 from acpo_utils.randomness import batch_randn
 
 
-def latent_factor(vae: AutoencoderKL) -> int:
-    """Pixels per latent along a side."""
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Pixels along a side per latent of the VAE's own."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def patch_side(vae: AutoencoderKL) -> int:
+    """How many of the VAE's latents, along a side, are one of the denoiser's: 2 of FLUX.2, else 1."""
+    return vae.config.get("patch_size", (1, 1))[0]
+
+
+def latent_factor(vae: AutoencoderKL) -> int:
+    """Pixels along a side per latent as the denoiser sees it."""
+    return vae_factor(vae) * patch_side(vae)
 
 
 def latents_shape(vae: AutoencoderKL, batch_size: int, resolution: int) -> tuple[int, int, int, int]:
     side = resolution // latent_factor(vae)
-    return (batch_size, vae.config.latent_channels, side, side)
+    return (batch_size, vae.config.latent_channels * patch_side(vae) ** 2, side, side)
 
 
 def check_sizes(noise_scheduler, vae, unet, tmax: int, resolution: int, decode_size: int | None) -> None:
     """Raises ValueError, in one line, for a late window or sizes in pixels that the models cannot do.
 
-    `unet`: a U-Net, whose levels halve the sides, or a transformer, whose tokens are patches of 2 x 2 latents.
+    `unet`: a U-Net, whose levels halve the sides, or a transformer, whose tokens are patches of 2 x 2 of the VAE's latents.
     """
     total = noise_scheduler.config.num_train_timesteps
     if not 1 <= tmax <= total:
         raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {tmax}")
     factor = latent_factor(vae)
     levels = len(unet.config.get("block_out_channels", (1, 1)))
-    multiple = factor * 2 ** (levels - 1)
+    multiple = max(factor, vae_factor(vae) * 2 ** (levels - 1))
     if resolution < 1 or resolution % multiple:
         raise ValueError(f"--resolution must be a multiple of {multiple} for this model, got {resolution}")
     largest = multiple * unet.config.get("pos_embed_max_size", resolution)  # positions of a Stable Diffusion 3
@@ -41,13 +52,16 @@ def check_sizes(noise_scheduler, vae, unet, tmax: int, resolution: int, decode_s
 
 
 def scale_latents(latents: torch.Tensor, vae) -> torch.Tensor:
-    """From the VAE's own latents to those that the U-Net sees; `acpo_utils.late_step.decode_latents` is the way back."""
+    """From the VAE's own latents to those that the denoiser sees; `acpo_utils.late_step.unscale_latents` is the way back."""
+    if hasattr(vae, "bn"):
+        patches = F.pixel_unshuffle(latents, patch_side(vae))
+        return F.batch_norm(patches, vae.bn.running_mean, vae.bn.running_var, eps=vae.config.batch_norm_eps)
     return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def encode_images(batch: dict, vae: AutoencoderKL, generator: torch.Generator | None) -> torch.Tensor:
-    """Latents (B, 4, h, w) as the U-Net sees them, a sample of the VAE's posterior.
+    """Latents (B, C, h, w) as the denoiser sees them, a sample of the VAE's posterior.
 
     Of `batch["pixel_values"]` (B, 3, H, W) in [-1, 1], or of `batch["latent_moments"]` (B, 8, h, w), what
     `acpo_utils.data.latent_cache` kept of the encoder's output.
@@ -87,7 +101,10 @@ def decoder_in(dtype: torch.dtype, vae: AutoencoderKL | AutoencoderTiny) -> Auto
     decoder = copy.deepcopy(vae)
     decoder.encoder = decoder.quant_conv = None
     # diffusers' own `to` warns of modules that want fp32, of which there are none.
-    return torch.nn.Module.to(decoder, dtype)
+    decoder = torch.nn.Module.to(decoder, dtype)
+    if hasattr(vae, "bn"):  # what undoes the scaling of FLUX.2's latents, which are in fp32 then
+        decoder.bn = copy.deepcopy(vae.bn)
+    return decoder
 
 
 def offload_encoders(vae: AutoencoderKL, *text_encoders: torch.nn.Module) -> None:

@@ -21,6 +21,7 @@ FAMILIES = {
     "ZImagePipeline": "Z-Image",
     "StableDiffusion3Pipeline": "Stable Diffusion 3",
     "FluxPipeline": "FLUX.1",
+    "Flux2KleinPipeline": "FLUX.2-klein",
 }
 # How the names of a family's pipelines begin, the longer ones first, and the script that is made for it.
 SCRIPTS = {
@@ -30,6 +31,7 @@ SCRIPTS = {
     "ZImage": "train_acpo_lora_z_image.py",
     "DDPM": "train_acpo_ddpm.py",
     "DDIM": "train_acpo_ddpm.py",
+    "Flux2Klein": "train_acpo_lora_flux2_klein.py",
     "Flux2": "diffusers' train_dreambooth_lora_flux2.py, without ACPO",
     "Flux": "train_acpo_lora_flux.py",
 }

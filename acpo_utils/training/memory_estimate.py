@@ -10,11 +10,10 @@ from types import SimpleNamespace
 
 import psutil
 import torch
-from diffusers import AutoencoderTiny
 
-from acpo_utils.families.latents import latent_factor
+from acpo_utils.families.latents import latent_factor, vae_factor
 from acpo_utils.sharding import WEIGHT_DTYPES
-from acpo_utils.training.step_cost import StepCost, taesd
+from acpo_utils.training.step_cost import StepCost, is_tiny, tiny_decoder
 
 
 logger = logging.getLogger(__name__)
@@ -82,9 +81,7 @@ def memory_parts(step_cost: StepCost, scorers: dict[str, list], args: SimpleName
         "weights: text encoder": 0 if offloaded else width * sum(p.numel() for p in text_encoder.parameters()),
     }
     if args.decode == "tiny":
-        loaded = isinstance(decoder, AutoencoderTiny)  # or else it is a suggestion
-        tiny = decoder if loaded else taesd(len(vae.config.block_out_channels), vae.config.latent_channels)
-        parts["weights: tiny VAE"] = num_bytes(tiny)
+        parts["weights: tiny VAE"] = num_bytes(decoder if is_tiny(decoder) else tiny_decoder(vae))  # or a suggestion
     elif args.decode_dtype in WEIGHT_DTYPES:
         parts["weights: decoder to train by"] = num_bytes(vae.decoder) / 2
     for name, several in scorers.items():
@@ -140,7 +137,7 @@ def flag_changes(args: SimpleNamespace, vae, tiny_vae: str = "madebyollin/taesd"
         yield {"diffusion_timesteps": "late"}
     if args.quality_weight and args.decode == "full":
         factor = latent_factor(vae)
-        yield {"decode": "tiny", "tiny_vae_name_or_path": tiny_vae if factor == 8 else "PATH"}
+        yield {"decode": "tiny", "tiny_vae_name_or_path": tiny_vae if vae_factor(vae) == 8 else "PATH"}
         yield {"decode": "crop", "decode_size": max(args.resolution // 2 // factor, 1) * factor}
 
 

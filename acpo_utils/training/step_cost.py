@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from acpo_utils.families.latents import latent_factor, latents_shape
+from acpo_utils.families.latents import latents_shape, vae_factor
 from acpo_utils.late_step import checkpoint_decoder
 from acpo_utils.randomness import step_generator
 from acpo_utils.sharding import WEIGHT_DTYPES
@@ -151,8 +151,8 @@ class StepCost:
         half, ledger, passes = WEIGHT_DTYPES.get(args.mixed_precision), _Ledger(), itertools.count(1)
         unet, vae = self._fake(self.models[0], half or torch.float32), self._fake(self.models[1])
         decoder = self.models[2]
-        if args.decode == "tiny" and not isinstance(decoder, AutoencoderTiny):
-            decoder = taesd(len(vae.config.block_out_channels), vae.config.latent_channels)  # a suggestion
+        if args.decode == "tiny" and not is_tiny(decoder):
+            decoder = tiny_decoder(self.models[1])  # a suggestion
         decoder = self._fake(decoder, WEIGHT_DTYPES.get(args.decode_dtype))
         if half:
             unet.forward = convert_outputs_to_fp32(torch.autocast(self.device.type, half)(unet.forward))
@@ -193,7 +193,7 @@ class StepCost:
             run = lambda: decoder.decode(given, return_dict=False)[0]  # noqa: E731
             flags = (args.decode == "tiny", args.decode_dtype, args.gradient_checkpointing)
             each = cost(run, "decode", latents.shape[1:], *flags)
-            height, width = (latent_factor(vae) * extent for extent in latents.shape[-2:])
+            height, width = (vae_factor(vae) * extent for extent in latents.shape[-2:])
             if args.decode_batch_size:  # the image is kept; each chunk's graph is made, and gone, in the backward pass
                 image = 3 * height * width * torch.float32.itemsize
                 later = {"passing": each.passing + each.kept - image, "backward": each.backward + each.forward}
@@ -208,7 +208,8 @@ class StepCost:
             return ledger.spend("guide", (len(images),), each, images)
 
         shape = latents_shape(vae, args.train_batch_size, args.resolution)
-        moments_shape = (shape[0], 2 * shape[1], *shape[2:])
+        side = args.resolution // vae_factor(vae)
+        moments_shape = (shape[0], 2 * vae.config.latent_channels, side, side)
         rows = {name: (shape[0], *value.shape[1:]) for name, value in self.conditions.items()}
         with self.fake_mode, self.device:
             trained = torch.ones((), requires_grad=True)
@@ -219,13 +220,14 @@ class StepCost:
                 batch["latent_moments"] = torch.zeros(moments_shape, dtype=half)
             elif not args.train_prompts:
                 batch["pixel_values"] = torch.zeros(shape[0], 3, args.resolution, args.resolution)
+        statistics = {"bn": vae.bn} if hasattr(vae, "bn") else {}  # of FLUX.2's latents
         stand_in = torch.nn.Module()
         stand_in.forward, stand_in.config = predict, self.models[0].config
         loss, _ = self.training_step(
             batch,
             stand_in,
-            SimpleNamespace(config=vae.config, encode=encode),
-            SimpleNamespace(config=decoder.config, dtype=decoder.dtype, decode=decode),
+            SimpleNamespace(config=vae.config, encode=encode, **statistics),
+            SimpleNamespace(config=decoder.config, dtype=decoder.dtype, decode=decode, **statistics),
             None,  # the text encoder: the batch has what it says
             SimpleNamespace(score=score),
             self.scheduler,
@@ -254,6 +256,28 @@ class StepCost:
             memo[id(tensor)] = fake
         self.copies[model, frozen_dtype] = copy.deepcopy(model, memo)
         return self.copies[model, frozen_dtype]
+
+
+def is_tiny(decoder: torch.nn.Module) -> bool:
+    """Whether it was loaded for --decode tiny: an AutoencoderTiny, or FLUX.2's small decoder."""
+    return isinstance(decoder, AutoencoderTiny) or bool(decoder.config.get("decoder_block_out_channels"))
+
+
+def tiny_decoder(vae: torch.nn.Module) -> torch.nn.Module:
+    """What --decode tiny would load beside `vae`, of its size, on the meta device."""
+    if not hasattr(vae, "bn"):
+        return taesd(len(vae.config.block_out_channels), vae.config.latent_channels)
+    return small_decoder(vae)
+
+
+@functools.cache
+def small_decoder(vae: torch.nn.Module) -> torch.nn.Module:
+    """Of FLUX.2-small-decoder's widths, which are three quarters of the VAE's."""
+    widths = tuple(3 * width // 4 for width in vae.config.block_out_channels)
+    with torch.device("meta"):
+        decoder = type(vae).from_config(vae.config, decoder_block_out_channels=widths)
+    decoder.encoder = decoder.quant_conv = None
+    return decoder.requires_grad_(False)
 
 
 @functools.cache

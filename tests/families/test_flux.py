@@ -210,8 +210,8 @@ def test_a_folder_of_another_family_is_refused_by_the_name_of_its_script(folder,
     with pytest.raises(ValueError, match="it is a FluxPipeline, for train_acpo_lora_flux.py."):
         sd3.load(str(folder), None, None, torch.float32, "cpu")
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "Flux2KleinPipeline"}))
-    with pytest.raises(ValueError, match="it is a Flux2KleinPipeline, for diffusers' train_dreambooth_lora_flux2.py"):
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "Flux2Pipeline"}))
+    with pytest.raises(ValueError, match="it is a Flux2Pipeline, for diffusers' train_dreambooth_lora_flux2.py"):
         load(folder)
     with pytest.raises(ValueError, match="expected a hub id or a folder, found the single file flux.safetensors"):
         load("flux.safetensors")

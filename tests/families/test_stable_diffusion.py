@@ -120,7 +120,8 @@ def test_files_of_a_variant_are_taken_by_their_flag_which_is_named(folder):
         ("ZImagePipeline", "train_acpo_lora_z_image.py"),
         ("DDPMPipeline", "train_acpo_ddpm.py"),
         ("FluxPipeline", "train_acpo_lora_flux.py"),
-        ("Flux2KleinPipeline", "train_dreambooth_lora_flux2.py"),
+        ("Flux2KleinPipeline", "train_acpo_lora_flux2_klein.py"),
+        ("Flux2Pipeline", "train_dreambooth_lora_flux2.py"),
         ("SanaPipeline", "it is a SanaPipeline."),
     ],
 )

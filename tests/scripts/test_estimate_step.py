@@ -64,12 +64,25 @@ NARROW = {
         "pooled_projection_dim": 24,
         "axes_dims_rope": (4, 4, 8),
     },
+    "flux2-klein": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": (4, 4, 4, 4),
+    },
 }
+# How many kinds of layers have a LoRA: the last block of SD3 has no to_add_out; in Z-Image captions and pictures share theirs;
+# of FLUX.2-klein they are the six that diffusers' script trains.
+KINDS = {"sd3": 7, "flux": 8, "z-image": 4, "flux2-klein": 6}
 
 
 @pytest.mark.parametrize("family", NARROW)
 def test_a_transformer_is_counted_too(family, tiny_guide, monkeypatch):
     """Of one narrow layer; its LoRA is on all projections of attention."""
+    if family == "flux2-klein":
+        pytest.importorskip("diffusers", minversion="0.37")
     changed = script.FAMILIES[family]["transformer"] | NARROW[family]
     monkeypatch.setitem(script.FAMILIES[family], "transformer", changed)
     conditions = {"prompt_embeds": (1, 20, 16), "pooled_prompt_embeds": (1, 24)}
@@ -82,8 +95,7 @@ def test_a_transformer_is_counted_too(family, tiny_guide, monkeypatch):
     transformer = script.build_models(script.FAMILIES[family])[0]
     layers = {name.rpartition(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A." in name}
     projections = {re.split(r"att(?:entio)?n\.", layer)[1] for layer in layers}
-    # The last one of SD3 has no to_add_out; in Z-Image captions and pictures share theirs.
-    assert len(projections) == {"sd3": 7, "flux": 8, "z-image": 4}[family]
+    assert len(projections) == KINDS[family]
 
 
 def test_the_familys_own_size_and_mistakes():

@@ -22,7 +22,13 @@ from tests.launching import EXAMPLES, command_line, refused, run_script
 
 SCRIPT = EXAMPLES / "evaluate_acpo.py"
 PROMPTS = ["a red wall", "a blue wall", "a green wall"]
-FOLDERS = ["tiny_sdxl_pipeline", "tiny_sd3_pipeline", "tiny_flux_pipeline", "tiny_z_image_pipeline"]
+FOLDERS = [
+    "tiny_sdxl_pipeline",
+    "tiny_sd3_pipeline",
+    "tiny_flux_pipeline",
+    "tiny_z_image_pipeline",
+    "tiny_klein_pipeline",
+]
 
 
 def save_random_lora(source: str, folder):
@@ -75,7 +81,7 @@ def test_images_are_those_of_the_stock_pipeline_and_the_loras_own(
         if model == "lora":
             stock.load_lora_weights(lora)
         expected = stock(
-            PROMPTS[:2],
+            prompt=PROMPTS[:2],
             num_inference_steps=2,
             height=32,
             width=32,

@@ -1,0 +1,577 @@
+"""Fine-tune a LoRA of FLUX.2-klein by ACPO: late-step samples are decoded and scored by a frozen evaluator, the score's
+gradient trains the LoRA, and an anchor holds its predictions to the frozen base model's (section 3.3, eqs. 5-9), here
+the velocities of flow matching. It needs diffusers 0.37 or newer.
+
+    accelerate launch examples/train_acpo_lora_flux2_klein.py \
+        --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-base-4B --train_data_dir images \
+        --evaluator ipce:iqa-ipce --cache_latents --center_crop --gradient_checkpointing --mixed_precision bf16
+
+docs/flow-matching.md says what it takes, and what flow matching changes in the equations.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from diffusers import Flux2KleinPipeline
+from diffusers.optimization import SchedulerType
+from torch.utils.data import DataLoader
+
+from acpo_utils import check_min_version, data, flow_matching, late_step, lora, losses
+from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
+from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, is_due, release_signals
+from acpo_utils.evaluation.comparison import compare_models
+from acpo_utils.evaluation.sampling import sample_images
+from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges, part_scores
+from acpo_utils.families import flux2_klein
+from acpo_utils.families.latents import (
+    check_sizes,
+    compile_models,
+    decoder_in,
+    encode_images,
+    latent_factor,
+    latents_shape,
+    offload_encoders,
+)
+from acpo_utils.randomness import batch_randn, process_batches, shared_generator
+from acpo_utils.sharding import SHARDED, WEIGHT_DTYPES, full_weights, prepare
+from acpo_utils.training.arguments import at_step
+from acpo_utils.training.gradient_balance import GradientBalance
+from acpo_utils.training.guide_check import check_guide, decoded_examples
+from acpo_utils.training.hacking_alarm import HackingAlarm
+from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
+from acpo_utils.training.memory_estimate import log_estimate
+from acpo_utils.training.optimizer import build_optimizer
+from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run
+from acpo_utils.training.text_to_image import add_lora, check_flow_matching, check_text_to_image, load_data
+
+
+check_min_version("0.2.0")
+logger = get_logger(__name__, log_level="INFO")
+save_lora = partial(lora.save_lora, pipeline_class=Flux2KleinPipeline)
+load_lora = partial(lora.load_lora, pipeline_class=Flux2KleinPipeline)
+
+
+def training_step(
+    batch, transformer, vae, decoder, text_encoders, evaluator, noise_scheduler, generator, anchor_weight, args
+):
+    """L = L_diff + anchor_weight * L_anchor + quality_weight * L_quality (eq. 9). Returns the loss and its terms."""
+    loss_diffusion = loss_anchor = loss_quality = latents = noise = None
+    conditions = flux2_klein.encode_prompts(batch, text_encoders)  # {name: (B, ...)}  c
+    if not args.train_prompts:  # a rollout without L_diff needs prompts only
+        weight_dtype = conditions["prompt_embeds"].dtype
+        latents = encode_images(batch, vae, generator).to(weight_dtype)  # (B, 128, h, w)  x0
+        noise = batch_randn(latents.shape, generator, latents.device, latents.dtype)  # (B, 128, h, w)  eps
+
+    if anchor_weight or args.quality_weight or args.diffusion_timesteps == "late":
+        late_latents, late_sigmas = sample_late_latents(  # (B, 128, h, w)  z_t and (B,)  sigma < tmax / 1000
+            latents, noise, conditions, batch, transformer, vae, noise_scheduler, generator, args
+        )
+        if anchor_weight:  # the frozen pass first: its activations are gone before the student's graph is built
+            base_pred = base_prediction(  # (B, 128, h, w)  v_theta
+                transformer, late_latents, late_sigmas, conditions, predict=flux2_klein.predict
+            )
+        # One student pass serves L_anchor, L_quality and, with --diffusion_timesteps late, L_diff.
+        late_pred = flux2_klein.predict(transformer, late_latents, late_sigmas, conditions)  # (B, 128, h, w)  v_phi
+
+    if args.quality_weight:
+        scale = args.guidance_scale if args.scored_guidance else 1.0
+        predict = partial(guided_velocity, transformer, conditions, batch["negative_conditions"], scale)
+        z0 = flow_matching.denoise_late_steps(  # (B, 128, h, w)  z_0_hat = z_t - sigma v (eq. 5)
+            predict,
+            model_pred=predict(late_latents, late_sigmas, late_pred),
+            sigmas=late_sigmas,
+            noisy_latents=late_latents,
+            num_steps=args.late_steps,
+            backprop_steps=args.late_backprop_steps,
+        )
+        if args.decode == "crop":
+            z0 = late_step.crop_latents(z0, args.decode_size // latent_factor(vae), generator)
+        # x_hat = D(z_0_hat) (eq. 5)
+        images = late_step.decode_latents(decoder, z0, args.decode_batch_size)  # (B, 3, H, W) in [0, 1]
+        scores, score_parts = guide_score(  # (B,) in (0, 1)  Q(x_hat, c)
+            evaluator, images, batch["prompts"], args.guide_perturbation, args.guide_clean_weight
+        )
+        loss_quality = losses.quality_loss(scores)  # L_quality = mean(1 - Q) (eq. 6)
+    if anchor_weight:
+        loss_anchor = losses.anchor_loss(late_pred, base_pred)  # L_anchor = ||v_phi - v_theta||^2 (eq. 7)
+    if args.diffusion_weight:  # L_diff = ||(eps - x0) - v_phi||^2 (eq. 8)
+        if args.diffusion_timesteps == "late":
+            sigmas, model_pred = late_sigmas, late_pred
+        else:
+            sigmas = flow_matching.sample_sigmas(  # (B,)
+                noise_scheduler,
+                len(latents),
+                generator,
+                latents.device,
+                args.weighting_scheme,
+                args.logit_mean,
+                args.logit_std,
+                args.mode_scale,
+            )
+            noisy_latents = flow_matching.add_noise(latents, noise, sigmas)  # (B, 128, h, w)  z_t, any t
+            model_pred = flux2_klein.predict(transformer, noisy_latents, sigmas, conditions)  # (B, 128, h, w)
+        loss_diffusion = flow_matching.flow_loss(model_pred, latents, noise, sigmas, args.weighting_scheme)
+
+    loss, terms = losses.acpo_objective(  # L (eq. 9)
+        loss_diffusion, loss_anchor, loss_quality, args.diffusion_weight, anchor_weight, args.quality_weight
+    )
+    if args.quality_weight:
+        terms |= {"score": scores, "late_timesteps": (1000 * late_sigmas).long()} | score_parts
+    return loss, terms
+
+
+def guided_velocity(transformer, conditions, negative_conditions, guidance_scale, latents, sigmas, pred=None):
+    """v_phi with classifier-free guidance, as the pipeline has it; `pred`: the velocity with the prompt, if it is there."""
+    if pred is None:
+        pred = flux2_klein.predict(transformer, latents, sigmas, conditions)
+    if guidance_scale <= 1:
+        return pred
+    without_prompt = late_step.without_prompt(conditions, negative_conditions)
+    negative_pred = flux2_klein.predict(transformer, latents, sigmas, without_prompt)
+    return negative_pred + guidance_scale * (pred - negative_pred)
+
+
+def sample_late_latents(latents, noise, conditions, batch, transformer, vae, noise_scheduler, generator, args):
+    """z_t (B, 128, h, w) and its sigma (B,), sigma < tmax / 1000: a noised real latent, or the current model's own sample."""
+    if args.late_start == "data":
+        late_sigmas = flow_matching.sample_late_sigmas(len(latents), args.tmax, generator, latents.device)
+        return flow_matching.add_noise(latents, noise, late_sigmas), late_sigmas
+    embeds = conditions["prompt_embeds"]
+    shape = latents_shape(vae, len(embeds), args.resolution)
+    return flow_matching.rollout_late_latents(
+        partial(guided_velocity, transformer, conditions, batch["negative_conditions"], args.guidance_scale),
+        flux2_klein.schedule(noise_scheduler, shape, args.num_inference_steps),
+        batch_randn(shape, generator, embeds.device, embeds.dtype),
+        tmax=args.tmax,
+    )
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # Model and evaluator
+    add("--pretrained_model_name_or_path", help="hub id or folder of a FLUX.2-klein")
+    add("--revision")
+    add("--variant")
+    add("--evaluator", nargs="+", action="extend", help="the frozen guide Q: ipce:PATH, ... (docs/evaluators.md)")
+    add("--evaluator_weight", nargs="+", action="extend", type=float, help="one for each guide; equal by default")
+    add("--judge", nargs="+", action="extend", help="what guides nothing: judge:PATH or as --evaluator, or several")
+    add("--lora_path", help="continue from this saved LoRA with a new optimizer; this is not resume")
+    # Data
+    add("--dataset_name", help="hub data set with an image and a caption column")
+    add("--dataset_config_name")
+    add("--train_data_dir", help="image folder with metadata.jsonl, or parquet")
+    add("--train_prompts", help="prompts alone, for --late_start rollout: .txt, .csv, .jsonl or .parquet")
+    add("--image_column", default="image")
+    add("--caption_column", default="text")
+    add("--max_train_samples", type=int)
+    add("--skip_bad_images", action="store_true", help="leave unreadable images out, and count them")
+    add("--cache_dir")
+    add("--resolution", type=int, default=1024)
+    add("--max_sequence_length", type=int, default=512, help="tokens of a caption that Qwen3 reads, up to 512")
+    add("--center_crop", action="store_true")
+    add("--random_flip", action="store_true")
+    add("--cache_latents", action="store_true", help="encode once, kept in CACHE_DIR/latents or OUTPUT_DIR/latents")
+    add("--dataloader_num_workers", type=int, default=0)
+    # ACPO
+    add("--tmax", type=int, default=250, help="quality and anchor act at sigma < tmax / 1000")
+    add("--quality_weight", type=float, default=0.1, help="lambda_quality of eq. 9")
+    add("--anchor_weight", type=float, default=1.0, help="lambda_anchor of eq. 9")
+    add(
+        "--anchor_budget",
+        type=float,
+        nargs="?",
+        const=ANCHOR_BUDGET,
+        help="hold the mean L_anchor here by adapting --anchor_weight",
+    )
+    add("--diffusion_weight", type=float, default=1.0, help="weight of L_diff; 1 in the paper")
+    add(
+        "--diffusion_timesteps",
+        choices=["full", "late"],
+        default="full",
+        help="late shares the late forward pass",
+    )
+    add("--late_start", choices=["data", "rollout"], default="data", help="z_t: noised images, or sampled")
+    add("--late_steps", type=int, default=1, help="K denoising steps from sigma to 0; 1 is the one-step estimate")
+    add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
+    add(
+        "--guide_perturbation", type=float, default=0.0, help="score x_hat at the worst point so many 255ths away, too"
+    )
+    add("--guide_clean_weight", type=float, default=0.5, help="the clean score's share with --guide_perturbation")
+    add("--guide_clean_weight_end", type=float, help="its share at the last step, reached on a straight line")
+    add(
+        "--scored_guidance",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="guide the scored step as sampling is guided",
+    )
+    add(
+        "--weighting_scheme",
+        choices=flow_matching.WEIGHTING_SCHEMES,
+        default="none",
+        help="which sigmas L_diff draws, and how it weighs them",
+    )
+    add("--logit_mean", type=float, default=0.0, help="of logit_normal")
+    add("--logit_std", type=float, default=1.0, help="of logit_normal")
+    add("--mode_scale", type=float, default=1.29, help="of mode")
+    add("--balance_steps", type=int, default=100, help="how often each loss's share of the gradient is measured")
+    add("--decode", choices=["full", "crop", "tiny"], default="full", help="a window, or a tiny VAE, costs less")
+    add("--decode_dtype", choices=["fp32", "bf16"], default="fp32", help="of the decode that is scored in training")
+    add("--decode_batch_size", type=int, help="decode so many at a time, twice, to save memory; default: all")
+    add("--decode_size", type=int, help="side of the window in pixels, with --decode crop")
+    add("--tiny_vae_name_or_path", help=f"with --decode tiny, such as {flux2_klein.SMALL_DECODER}")
+    # LoRA and optimizer
+    add("--rank", type=int, help="default: 4")
+    add("--lora_alpha", type=float, help="default: the rank")
+    add("--lora_target_modules", "--lora_layers", help="comma-separated layer names; default: diffusers' own")
+    add("--train_batch_size", type=int, default=1)
+    add("--max_train_steps", type=int, default=1000)
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_checkpointing", action="store_true", help="of the transformer and of the VAE's decoder")
+    add("--learning_rate", type=float, default=2e-5)
+    schedules = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
+    add("--lr_scheduler", choices=schedules, default="constant")
+    add("--lr_warmup_steps", type=int, default=0)
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=0.0, help="0 is Adam, as in the paper")
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
+    add("--max_grad_norm", type=float, default=1.0, help="0: no clipping")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"])
+    add("--allow_tf32", action="store_true")
+    add("--torch_compile", action="store_true", help="the transformer and the decoder, at the first step: minutes")
+    # Validation and final comparison
+    add("--validation_prompt", help="sampled every --validation_steps")
+    add("--num_validation_prompts", type=int, default=32, help="of --eval_prompts, base beside LoRA then; 0: off")
+    add(
+        "--on_hacking",
+        choices=["warn", "stop", "keep_best"],
+        default="warn",
+        help="the guide rises, a judge falls",
+    )
+    add("--num_validation_images", type=int, default=4)
+    add("--validation_steps", type=int, default=100)
+    add("--eval_prompts", help="held-out prompts for the final table: .txt, .csv, .jsonl or .parquet")
+    add("--num_eval_prompts", type=int, default=128)
+    add("--eval_batch_size", type=int, default=4)
+    add("--num_inference_steps", type=int, default=50)
+    add("--guidance_scale", type=float, default=4.0, help="of a distilled model there is none")
+    # Output
+    add("--output_dir", default="acpo-lora-flux2-klein")
+    add("--seed", type=int, default=0)
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int)
+    add("--resume_from_checkpoint", help='"latest", or the name of a checkpoint folder')
+    add("--report_to", default="tensorboard", help='a tracker of accelerate, "all" or "none"')
+    add("--logging_dir", default="logs")
+    add("--push_to_hub", action="store_true")
+    add("--hub_model_id")
+    add("--hub_token")
+    args = parser.parse_args(input_args)
+    if args.pretrained_model_name_or_path is None:
+        parser.error(
+            "name a model: --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-base-4B, or a folder (the "
+            "embedded demo is train_acpo_lora_sd.py's)"
+        )
+    try:
+        check_text_to_image(args)
+        check_flow_matching(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if not args.lora_path:  # a saved LoRA has them in its file
+        args.rank = args.rank or 4
+        args.lora_alpha = args.lora_alpha or args.rank
+    return args
+
+
+def load_models(args, weight_dtype, device):
+    """The parts, and `build_pipeline`, which makes a pipeline to sample with of them and of the transformer it is given."""
+    noise_scheduler, tokenizers, text_encoders, vae, transformer, is_distilled = flux2_klein.load(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        weight_dtype=weight_dtype,
+        device=device,
+        max_sequence_length=args.max_sequence_length,
+    )
+    if is_distilled:  # its pipeline has no guidance
+        args.guidance_scale = 1.0
+    if not args.lora_path:
+        args.lora_target_modules = args.lora_target_modules or flux2_klein.targets(transformer)
+    vae.to(memory_format=torch.channels_last)
+    check_sizes(noise_scheduler, vae, transformer, args.tmax, args.resolution, args.decode_size)
+    schedule = partial(flux2_klein.schedule, noise_scheduler, latents_shape(vae, 1, args.resolution))
+    flow_matching.check_late_window(schedule, args.tmax, args.num_inference_steps)
+    reason = flux2_klein.distilled(args.pretrained_model_name_or_path, args.revision)
+    if reason and args.diffusion_weight:
+        logger.warning(
+            f"This model seems to be distilled to few steps ({reason}), and L_diff would undo that. Its mode is "
+            "--diffusion_weight 0 --late_start rollout with its own --num_inference_steps and --guidance_scale, and a "
+            "--tmax above the last of these steps (docs/flow-matching.md)."
+        )
+    decoder = vae
+    if args.decode == "tiny":
+        decoder = flux2_klein.load_small_decoder(args.tiny_vae_name_or_path, vae)
+    if args.decode_dtype == "bf16":
+        decoder = decoder_in(torch.bfloat16, decoder)
+    build_pipeline = partial(
+        flux2_klein.build_pipeline,
+        vae=vae,
+        text_encoders=text_encoders,
+        tokenizers=tokenizers,
+        noise_scheduler=noise_scheduler,
+        is_distilled=is_distilled,
+    )
+    empty_prompt = data.to_device(data.token_ids(tokenizers, [""]), device)
+    negative_conditions = flux2_klein.encode_prompts(empty_prompt, text_encoders)
+    return noise_scheduler, tokenizers, text_encoders, vae, decoder, transformer, negative_conditions, build_pipeline
+
+
+def build_train_set(dataset, tokenizers, vae, text_encoders, weight_dtype, accelerator, args):
+    """Sample n of the run is a function of (seed, n) alone, so resuming means to start counting at n."""
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    num_samples = args.max_train_steps * samples_per_step
+    if args.train_prompts:
+        return data.Prompts(dataset, tokenizers, num_samples, args.seed)
+    if not args.cache_latents:
+        return data.CaptionedImages(
+            dataset,
+            tokenizers,
+            args.resolution,
+            num_samples,
+            seed=args.seed,
+            center_crop=args.center_crop,
+            random_flip=args.random_flip,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+        )
+    train_set = data.CachedLatents(
+        dataset,
+        tokenizers,
+        args.resolution,
+        folder=Path(args.cache_dir or args.output_dir, "latents"),
+        num_samples=num_samples,
+        seed=args.seed,
+        random_flip=args.random_flip,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        dtype=weight_dtype,
+    )
+    train_set.build(vae, text_encoders, accelerator, flux2_klein.encode_prompts)
+    return train_set
+
+
+def build_dataloader(train_set, first_step, accelerator, args):
+    return DataLoader(
+        train_set,
+        batch_sampler=process_batches(first_step, args.max_train_steps, args.train_batch_size, accelerator),
+        collate_fn=data.collate,
+        num_workers=args.dataloader_num_workers,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+
+
+def main(args):
+    accelerator, run = start_run(args, sharding=SHARDED)
+    # Data, prompts and evaluators are checked before the model is loaded.
+    dataset, eval_prompts = load_data(args, accelerator)
+    evaluator = None
+    if args.evaluator:  # with --quality_weight 0 it is for the final table alone
+        evaluator = load_guide(args.evaluator, args.evaluator_weight, accelerator.device)
+    judges = load_judges(args.judge or [], accelerator.device)
+    weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
+    noise_scheduler, tokenizers, text_encoders, vae, decoder, transformer, negative_conditions, build_pipeline = (
+        load_models(args, weight_dtype, accelerator.device)
+    )
+    lora_parameters = add_lora(transformer, args, Flux2KleinPipeline)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+        late_step.checkpoint_decoder(decoder)
+    if args.torch_compile:
+        compile_models(transformer, decoder)
+
+    train_set = build_train_set(dataset, tokenizers, vae, text_encoders, weight_dtype, accelerator, args)
+    guide_inputs = None
+    if args.quality_weight:
+        guide_inputs = decoded_examples(train_set, vae, decoder, accelerator.device, args)
+        check_guide(evaluator, *guide_inputs, args.guide_perturbation)
+    log_estimate(
+        accelerator,
+        training_step,
+        models=(transformer, vae, decoder, text_encoders),
+        evaluator=evaluator,
+        judges=judges,
+        noise_scheduler=noise_scheduler,
+        guide_inputs=guide_inputs,
+        conditions=negative_conditions,
+        args=args,
+        tiny_vae=flux2_klein.SMALL_DECODER,
+    )
+
+    optimizer, lr_scheduler = build_optimizer(
+        lora_parameters,
+        accelerator,
+        args,
+        learning_rate=args.learning_rate,
+        num_training_steps=args.max_train_steps,
+    )
+    transformer, optimizer, lr_scheduler = prepare(accelerator, transformer, optimizer, lr_scheduler)
+    lora_parameters = [p for p in transformer.parameters() if p.requires_grad]  # FSDP2 replaces them
+    lora.register_lora_hooks(accelerator, transformer, save_lora, load_lora)
+
+    alarm = HackingAlarm(
+        eval_prompts[: args.num_validation_prompts],
+        partial(sample, description="validation", args=args),
+        evaluator,
+        judges,
+        accelerator.device,
+        args.output_dir,
+        keep_best=args.on_hacking == "keep_best",
+    )
+    anchor_budget = AnchorBudget(args.anchor_budget, args.anchor_weight)
+    balance = GradientBalance(accelerator, lora_parameters, args.tmax, every=args.balance_steps)
+    run.keep(alarm=alarm, anchor_budget=anchor_budget, balance=balance)
+    first_step = run.resume()
+
+    batches = iter(build_dataloader(train_set, first_step, accelerator, args))
+    if args.cache_latents:
+        offload_encoders(vae, *text_encoders)
+
+    accelerator.init_trackers("acpo-lora-flux2-klein", config=settings_of(args))
+    logger.info(
+        f"***** Running training ***** {len(dataset)} images, "
+        f"{sum(parameter.numel() for parameter in lora_parameters)} trained parameters, "
+        f"steps {first_step}..{args.max_train_steps}"
+    )
+    progress = progress_bar(first_step, args.max_train_steps, accelerator)
+    catch_signals(accelerator)
+    for step in progress:
+        anchor_weight, step_args = anchor_budget.weight, at_step(args, step)
+        for micro_step in range(args.gradient_accumulation_steps):
+            batch = data.to_device(next(batches), accelerator.device) | {"negative_conditions": negative_conditions}
+            generator = shared_generator(args.seed, step, micro_step, accelerator)
+            with accelerator.accumulate(transformer):
+                loss, terms = training_step(
+                    batch,
+                    transformer,
+                    vae,
+                    decoder,
+                    text_encoders,
+                    evaluator,
+                    noise_scheduler,
+                    generator,
+                    anchor_weight,
+                    step_args,
+                )
+                shares = balance.measure(terms, args.diffusion_weight, anchor_weight, args.quality_weight, step + 1)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = run.clip_grad_norm(optimizer, lora_parameters, args.max_grad_norm, step + 1)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+        logs = mean_terms(accelerator, terms | part_scores(evaluator))
+        logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        logs["anchor_weight"] = anchor_budget.update(logs.get("loss_anchor"))
+        accelerator.log(logs | shares | {"skipped_steps": run.skipped_steps}, step=step + 1)
+        progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})
+
+        if is_due(step + 1, args.validation_steps):
+            hacked = validate(accelerator, transformer, text_encoders, build_pipeline, alarm, step + 1, args)
+            if hacked and args.on_hacking != "warn":
+                break
+        due = is_due(step + 1, args.checkpointing_steps)
+        checkpoint_or_stop(accelerator, args.output_dir, step + 1, due, args.checkpoints_total_limit)
+
+    accelerator.wait_for_everyone()
+    with full_weights(accelerator, transformer):
+        if accelerator.is_main_process:
+            transformer = accelerator.unwrap_model(transformer)
+            alarm.restore_best(transformer, Flux2KleinPipeline)
+            save_lora(transformer, args.output_dir)
+            release_signals()  # what follows can be had again
+            pipeline = build_pipeline(transformer)
+            scorers = guide_parts(evaluator) | judges
+            events = {"skipped_steps": run.skipped_steps, "hacking_alarms": alarm.alarms}
+            finish(pipeline, scorers, eval_prompts, events, accelerator.device, args)
+    accelerator.end_training()
+
+
+def sample(pipeline, prompts, description, args):
+    """Images (N, 3, H, W) in [0, 1]; the same prompt list and seed give the same initial noise."""
+    return sample_images(
+        pipeline,
+        prompts,
+        seed=args.seed,
+        batch_size=args.eval_batch_size,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        description=description,
+        resolution=args.resolution,
+        max_sequence_length=args.max_sequence_length,
+    )
+
+
+def validate(accelerator, transformer, text_encoders, build_pipeline, alarm, step, args):
+    """Pictures and scores while training; True, on every process, if the guide is being deceived."""
+    if not (args.validation_prompt or alarm.enabled):
+        return False
+    hacked = False
+    with full_weights(accelerator, transformer):
+        if accelerator.is_main_process:
+            pipeline = build_pipeline(accelerator.unwrap_model(transformer))
+            if args.validation_prompt:
+                prompts = [args.validation_prompt] * args.num_validation_images
+                log_images(accelerator, "validation", sample(pipeline, prompts, "validation", args), step)
+            hacked = alarm.check(accelerator, pipeline, step)
+            if args.cache_latents:
+                offload_encoders(pipeline.vae, *text_encoders)
+    return broadcast_object_list([hacked])[0]
+
+
+def finish(pipeline, scorers, eval_prompts, events, device, args):
+    """Base against fine-tuned on held-out prompts: comparison.png, metrics.json, a printed table, the model card."""
+    prompts = eval_prompts
+    if args.validation_prompt and not prompts:
+        prompts = [args.validation_prompt] * args.num_validation_images
+    table, pictures = compare_models(
+        pipeline,
+        prompts,
+        scorers,
+        args.output_dir,
+        seed=args.seed,
+        batch_size=args.eval_batch_size,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        device=device,
+        events=events,
+        prompt_file=args.eval_prompts,
+        predictor=partial(flux2_klein.predictor, max_sequence_length=args.max_sequence_length),
+        resolution=args.resolution,
+        max_sequence_length=args.max_sequence_length,
+    )
+    save_model_card(
+        args.output_dir,
+        base_model=args.pretrained_model_name_or_path,
+        model_description="LoRA fine-tuned by ACPO (Anchor-Constrained Perceptual Optimization).",
+        tags=["flux2-klein", "flux2-klein-diffusers", "text-to-image", "diffusers", "lora", "acpo"],
+        dataset=args.dataset_name or args.train_data_dir or args.train_prompts,
+        image_files=pictures,
+        metrics=table,
+        settings=settings_of(args),
+    )
+    if args.push_to_hub:
+        push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, "End of training")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, ImportError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
