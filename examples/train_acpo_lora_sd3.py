@@ -576,6 +576,7 @@ def finish(pipeline, scorers, eval_prompts, events, device, args):
         image_files=pictures,
         metrics=table,
         settings=settings_of(args),
+        base_arguments="" if pipeline.text_encoder_3 else "text_encoder_3=None, tokenizer_3=None",
     )
     if args.push_to_hub:
         push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, "End of training")

@@ -24,7 +24,7 @@ LORA_USAGE = """
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{base_model}")
+pipeline = DiffusionPipeline.from_pretrained("{base_model}"{arguments})
 pipeline.load_lora_weights("{folder}")
 image = pipeline("a prompt").images[0]
 ```
@@ -49,11 +49,13 @@ def save_model_card(
     image_files: Sequence[str] = (),
     metrics: str | None = None,
     usage: str | None = None,
+    base_arguments: str = "",
 ) -> Path:
     """Writes `output_dir/README.md`: what it is, how to load it, the results, and the settings of the run.
 
     `base_model` is None for what was trained from scratch. `image_files` are names of pictures in `output_dir`,
-    `metrics` is a Markdown table, `usage` a Python snippet (of a LoRA that diffusers loads it is known). Hub ids of
+    `metrics` is a Markdown table, `usage` a Python snippet (of a LoRA that diffusers loads it is known; `base_arguments` are
+    what its base model is loaded with, such as "text_encoder_3=None"). Hub ids of
     the base model and the data set go into the card's metadata; local paths stay in its text, since the hub would
     refuse them there.
     The text is given whole: the template of diffusers' `load_or_create_model_card` leaves "TODO" sections in it, and
@@ -74,7 +76,8 @@ def save_model_card(
     if dataset is not None:
         sections[0] += f"  \nTraining data: {dataset}"
     if (output_dir / LORA_NAME).is_file():
-        sections.append(LORA_USAGE.format(base_model=base_model, folder=output_dir.resolve().name).strip())
+        folder, arguments = output_dir.resolve().name, f", {base_arguments}" if base_arguments else ""
+        sections.append(LORA_USAGE.format(base_model=base_model, folder=folder, arguments=arguments).strip())
     if usage:
         sections.append(f"## How to use\n\n```python\n{usage.strip()}\n```")
     if metrics or image_files:

@@ -320,6 +320,8 @@ def test_a_copy_in_an_empty_folder_runs_without_t5_in_bf16_with_a_cheap_decode(f
     options |= {"num_inference_steps": 2, "cache_latents": True, "center_crop": True}
     run_script(copy.name, *flags(**options, pretrained_model_name_or_path=tmp_path / "model"))
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in lora_of().values())
+    card = (tmp_path / "out/README.md").read_text()
+    assert 'model", text_encoder_3=None, tokenizer_3=None)' in card, "as diffusers loads a pipeline without T5"
     assert "the demo's is not at" in refused(copy)
 
 
