@@ -12,7 +12,7 @@ import psutil
 import torch
 from diffusers import AutoencoderTiny
 
-from acpo_utils.families.latents import latent_factor
+from acpo_utils.families.latents import StraightThrough, latent_factor
 from acpo_utils.sharding import WEIGHT_DTYPES
 from acpo_utils.training.step_cost import StepCost, taesd
 
@@ -85,6 +85,8 @@ def memory_parts(step_cost: StepCost, scorers: dict[str, list], args: SimpleName
         loaded = isinstance(decoder, AutoencoderTiny)  # or else it is a suggestion
         tiny = decoder if loaded else taesd(len(vae.config.block_out_channels), vae.config.latent_channels)
         parts["weights: tiny VAE"] = num_bytes(tiny)
+    elif isinstance(decoder, StraightThrough):
+        parts["weights: the gradient's decoder"] = num_bytes(decoder.backward_vae)
     elif args.decode_dtype in WEIGHT_DTYPES:
         parts["weights: decoder to train by"] = num_bytes(vae.decoder) / 2
     for name, several in scorers.items():
