@@ -26,7 +26,12 @@ from tqdm.auto import tqdm
 
 from acpo_utils import data, flow_matching
 from acpo_utils.evaluators import guide_score, load_guide
-from acpo_utils.families import flux, sd3, sdxl, stable_diffusion
+from acpo_utils.families import (
+    flux,
+    sd3,
+    sdxl,
+    stable_diffusion,
+)
 from acpo_utils.families.latents import (
     StraightThrough,
     check_sizes,
@@ -81,10 +86,20 @@ def late_latents(pipeline, batch, generator, args):
         noisy_latents = flow_matching.add_noise(latents, noise, sigmas)
         model_pred = predict(noisy_latents.to(model.dtype), sigmas)
         return flow_matching.denoise_late_steps(predict, model_pred, sigmas, noisy_latents)
-    timesteps = sample_late_timesteps(len(latents), args.tmax, generator, latents.device)
+    timesteps = sample_late_timesteps(
+        len(latents),
+        args.tmax,
+        generator,
+        latents.device,
+    )
     noisy_latents = pipeline.scheduler.add_noise(latents, noise, timesteps)
     model_pred = predict(noisy_latents.to(model.dtype), timesteps)
-    return predict_original_sample(pipeline.scheduler, model_pred, timesteps, noisy_latents)
+    return predict_original_sample(
+        pipeline.scheduler,
+        model_pred,
+        timesteps,
+        noisy_latents,
+    )
 
 
 def build_decoders(vae, args):
@@ -145,7 +160,13 @@ def score_gradient(decode, z0, evaluator, prompts, args):
     """x_hat (B, 3, H, W) and dQ/dz_0_hat (B, C, h, w)."""
     z0 = z0.detach().requires_grad_(True)
     images = decode.run(z0)
-    scores, _ = guide_score(evaluator, images, prompts, args.guide_perturbation, args.guide_clean_weight)
+    scores, _ = guide_score(
+        evaluator,
+        images,
+        prompts,
+        args.guide_perturbation,
+        args.guide_clean_weight,
+    )
     return images.detach(), torch.autograd.grad(scores.sum(), z0)[0]
 
 
@@ -176,7 +197,11 @@ def costs(decodes, z0, repetitions):
     for label, decode in decodes.items():
         cost = cost_of(partial(decode.run, z0))
         flop = cost.forward + cost.backward
-        found[label] = {"seconds": math.inf, "TFLOP": flop / 1e12, "GiB": (cost.kept + cost.passing) / 2**30}
+        found[label] = {
+            "seconds": math.inf,
+            "TFLOP": flop / 1e12,
+            "GiB": (cost.kept + cost.passing) / 2**30,
+        }
     for _ in range(repetitions):
         for label, decode in decodes.items():
             found[label]["seconds"] = min(found[label]["seconds"], seconds(decode, z0))
@@ -217,10 +242,22 @@ def measure(pipeline, decoders, evaluator, dataset, args):
         with torch.no_grad():
             z0 = late_latents(pipeline, batch, generator, args).float()
         decodes = decodes_of(decoders, generator, args)
-        full = score_gradient(decodes[FULL], z0, evaluator, batch["prompts"], args)
+        found = {}
         for label, decode in decodes.items():
-            found = full if label == FULL else score_gradient(decode, z0, evaluator, batch["prompts"], args)
-            cosine, error = compare(decode, full, found, latent_factor(pipeline.vae))
+            found[label] = score_gradient(
+                decode,
+                z0,
+                evaluator,
+                batch["prompts"],
+                args,
+            )
+        for label, decode in decodes.items():
+            cosine, error = compare(
+                decode,
+                found[FULL],
+                found[label],
+                latent_factor(pipeline.vae),
+            )
             cosines.setdefault(label, []).extend(cosine)
             errors.setdefault(label, []).extend(error)
     rows = []
@@ -233,10 +270,10 @@ def measure(pipeline, decoders, evaluator, dataset, args):
     return rows
 
 
-def choose(rows, least_cosine):
-    """The fastest row among those that have flags and point well enough; the full decode always does."""
+def choose(rows, least_cosine, by="seconds"):
+    """The row with the least seconds, or GiB, of those that have flags and point well enough; the full decode always does."""
     fit = [row for row in rows if row["flags"] and row["cosine"] >= least_cosine]
-    return min(fit or rows[:1], key=lambda row: row["seconds"])
+    return min(fit or rows[:1], key=lambda row: (row[by], -row["cosine"]))
 
 
 def table(rows):
@@ -256,15 +293,16 @@ def table(rows):
 
 
 def advice(rows, least_cosine):
-    chosen = choose(rows, least_cosine)
     (of_rounded,) = (row for row in rows if row["decode"] == ROUNDED)
-    share = chosen["seconds"] / rows[0]["seconds"]
     lines = [
-        f"Rounding the image to 8 bits leaves a cosine of {of_rounded['cosine']:.2f}: more than that the guide itself does not "
-        "keep.",
-        f"Take {chosen['flags']}: of those with a cosine of at least {least_cosine:g} the fastest, {share:.2f} of the full "
-        "decode's time.",
+        f"Rounding the image to 8 bits leaves a cosine of {of_rounded['cosine']:.2f}: the guide itself keeps no more than that.",
+        f"Take {choose(rows, least_cosine)['flags']}: of those with a cosine of at least {least_cosine:g} the fastest.",
     ]
+    smallest = choose(rows, least_cosine, by="GiB")
+    if smallest is not choose(rows, least_cosine):
+        lines.append(
+            f"If memory is short, {smallest['flags']}: {smallest['GiB'] / rows[0]['GiB']:.2f} of the full one's."
+        )
     return "\n".join(lines)
 
 
@@ -330,13 +368,19 @@ def parse_args(input_args=None):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of all but the decodes")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
-    add("--output_file", type=Path, help="the numbers as json")
+    add("--output_file", help="the numbers as json")
     args = parser.parse_args(input_args)
     if args.pretrained_model_name_or_path is None:
         parser.set_defaults(**DEMO_SETTINGS)
         args = parser.parse_args(input_args)
     try:
-        check_numbers(args, num_images=1, batch_size=1, repetitions=1, least_cosine=-1)
+        check_numbers(
+            args,
+            num_images=1,
+            batch_size=1,
+            repetitions=1,
+            least_cosine=-1,
+        )
     except ValueError as error:
         parser.error(str(error))
     if not args.evaluator:
@@ -366,15 +410,28 @@ def main(args):
     if args.decode_size is None:
         args.decode_size = [factor * (quarters * args.resolution // (4 * factor)) for quarters in (3, 2)]
     for size in args.decode_size:
-        check_sizes(scheduler, pipeline.vae, denoiser(pipeline), args.tmax, args.resolution, size)
+        check_sizes(
+            scheduler,
+            pipeline.vae,
+            denoiser(pipeline),
+            args.tmax,
+            args.resolution,
+            size,
+        )
     decoders = build_decoders(pipeline.vae, args)
-    rows = measure(pipeline, decoders, evaluator, dataset, args)
+    rows = measure(
+        pipeline,
+        decoders,
+        evaluator,
+        dataset,
+        args,
+    )
     print(f"\n{table(rows)}\n\n{advice(rows, args.least_cosine)}")
     if args.output_file:
+        taken = choose(rows, args.least_cosine)["flags"]
+        found = {"settings": vars(args), "rows": rows, "take": taken}
         with atomic_write(args.output_file) as temporary:
-            settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-            taken = choose(rows, args.least_cosine)["flags"]
-            temporary.write_text(json.dumps({"settings": settings, "rows": rows, "take": taken}, indent=2))
+            temporary.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def test_every_decode_is_compared_with_the_full_one(flags, tmp_path):
     in_bf16, by_tiny = (rows[f"straight through, backward {how}"] for how in ("in bf16", "by the tiny VAE"))
     assert in_bf16["error"] == by_tiny["error"] == 0 and in_bf16["cosine"] > 0.99
     assert tiny["error"] > 1 and tiny["cosine"] < 0.9 and by_tiny["cosine"] < 0.9
-    assert tiny["TFLOP"] < by_tiny["TFLOP"] < full["TFLOP"] / 2 + tiny["TFLOP"]  # attention's backward is the dearer half
+    assert (
+        tiny["TFLOP"] < by_tiny["TFLOP"] < full["TFLOP"] / 2 + tiny["TFLOP"]
+    )  # attention's backward is the dearer half
     assert rows["crop, 16 px"]["TFLOP"] < rows["crop, 24 px"]["TFLOP"] < full["TFLOP"]
     assert rows["crop, 24 px"]["error"] > 0 and rows["crop, 24 px"]["cosine"] < 1
     assert 0 < rows[script.ROUNDED]["error"] < 0.5
@@ -103,14 +105,19 @@ def test_the_window_alone_has_a_gradient_and_rounding_lets_it_through():
 
 def test_the_fastest_that_points_well_enough_is_taken():
     rows = [
-        {"flags": "full", "cosine": 1.0, "seconds": 2.0},
-        {"flags": "bf16", "cosine": 0.92, "seconds": 1.0},
-        {"flags": "tiny", "cosine": 0.4, "seconds": 0.1},
-        {"flags": None, "cosine": 0.99, "seconds": 0.5},
+        {"decode": "a", "flags": "full", "cosine": 1.0, "seconds": 2.0, "GiB": 4.0},
+        {"decode": "b", "flags": "bf16", "cosine": 0.92, "seconds": 1.0, "GiB": 2.0},
+        {"decode": "c", "flags": "straight", "cosine": 0.98, "seconds": 3.0, "GiB": 2.0},
+        {"decode": "d", "flags": "tiny", "cosine": 0.4, "seconds": 0.1, "GiB": 0.1},
+        {"decode": script.ROUNDED, "flags": None, "cosine": 0.99, "seconds": 0.5, "GiB": 4.0},
     ]
     assert script.choose(rows, 0.9)["flags"] == "bf16"
     assert script.choose(rows, 0.95)["flags"] == "full"
     assert script.choose(rows, 0.3)["flags"] == "tiny"
+    assert script.choose(rows, 0.9, by="GiB")["flags"] == "straight", "of equal ones the better"
+    rounded, taken, small = script.advice(rows, 0.9).splitlines()
+    assert "a cosine of 0.99" in rounded and taken.startswith("Take bf16:") and "straight: 0.50" in small
+    assert len(script.advice(rows, 0.3).splitlines()) == 2, "the fastest is the smallest"
     rows[0]["cosine"] = 0.9999999
     assert script.choose(rows, 1.0)["flags"] == "full", "whatever is asked"
 
