@@ -29,13 +29,12 @@ from acpo_utils.evaluation.sampling import sample_images
 from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges, part_scores
 from acpo_utils.families import sdxl
 from acpo_utils.families.latents import (
+    build_decoder,
     check_sizes,
     compile_models,
-    decoder_in,
     encode_images,
     latent_factor,
     latents_shape,
-    load_tiny_vae,
     offload_encoders,
 )
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
@@ -218,14 +217,14 @@ def parse_args(input_args=None):
     add("--balance_steps", type=int, default=100, help="how often each loss's share of the gradient is measured")
     add(
         "--decode",
-        choices=["full", "crop", "tiny"],
+        choices=["full", "crop", "tiny", "straight_through"],
         default="full",
-        help="a window, or a tiny VAE, costs less",
+        help="a window, a tiny VAE, or exact images with a cheaper gradient",
     )
     add("--decode_dtype", choices=["fp32", "bf16"], default="fp32", help="of the decode that is scored in training")
     add("--decode_batch_size", type=int, help="decode so many at a time, twice, to save memory; default: all")
     add("--decode_size", type=int, help="side of the window in pixels, with --decode crop")
-    add("--tiny_vae_name_or_path", help="with --decode tiny, such as madebyollin/taesdxl")
+    add("--tiny_vae_name_or_path", help="with --decode tiny or straight_through, such as madebyollin/taesdxl")
     # LoRA and optimizer
     add("--rank", type=int, help="default: 4")
     add("--lora_alpha", type=float, help="default: the rank")
@@ -322,11 +321,7 @@ def load_models(args, weight_dtype, device):
             "--diffusion_weight 0 --late_start rollout with its own --num_inference_steps and --guidance_scale, and a "
             "--tmax above the last of these steps (docs/sdxl.md)."
         )
-    decoder = vae
-    if args.decode == "tiny":
-        decoder = load_tiny_vae(args.tiny_vae_name_or_path, vae)
-    if args.decode_dtype == "bf16":
-        decoder = decoder_in(torch.bfloat16, decoder)
+    decoder = build_decoder(vae, args)
     build_pipeline = partial(
         sdxl.build_pipeline,
         vae=vae,

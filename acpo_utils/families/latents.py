@@ -107,6 +107,52 @@ def decoder_in(dtype: torch.dtype, vae: AutoencoderKL | AutoencoderTiny) -> Auto
     return decoder
 
 
+def build_decoder(vae: AutoencoderKL, args):
+    """What decodes in training, by --decode, --decode_dtype and --tiny_vae_name_or_path of `args`; `vae` itself stays."""
+    decoder = load_tiny_vae(args.tiny_vae_name_or_path, vae) if args.tiny_vae_name_or_path else vae
+    if args.decode_dtype == "bf16":
+        decoder = decoder_in(torch.bfloat16, decoder)
+    return StraightThrough(vae, decoder) if args.decode == "straight_through" else decoder
+
+
+class StraightThrough(torch.nn.Module):
+    """A decoder with the images of `vae` and the gradient of another decoder, `backward_vae`, for `decode_latents`.
+
+    `vae` runs without graph: half of its FLOP, and none of its activations are kept. A guide sees what the pipeline draws, so
+    that its gradient g with respect to the image is exact; on its way to the latents the other decoder's Jacobian stands in
+    for that of `vae`: J_other^T g for J^T g. The straight-through estimator of Bengio et al. (2013).
+
+    Args:
+        vae, backward_vae: of the same latents; each in its own dtype and with its own scaling_factor.
+    """
+
+    def __init__(self, vae: AutoencoderKL, backward_vae: AutoencoderKL | AutoencoderTiny):
+        super().__init__()
+        self.vae, self.backward_vae = vae, backward_vae
+
+    @property
+    def config(self):
+        return self.vae.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae.dtype
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """What has a graph, to be checkpointed or compiled."""
+        return self.backward_vae.decoder
+
+    def decode(self, latents: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        """(images (B, 3, H, W),) about in [-1, 1], of latents (B, C, h, w) as the VAE itself has them."""
+        with torch.no_grad():
+            exact = self.vae.decode(latents, return_dict=False)[0]
+        other, config = self.backward_vae, self.backward_vae.config
+        own = scale_latents(latents, self.vae) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        drawn = other.decode(own.to(other.dtype), return_dict=False)[0].to(exact.dtype)
+        return (exact + (drawn - drawn.detach()),)
+
+
 def offload_encoders(vae: AutoencoderKL, *text_encoders: torch.nn.Module) -> None:
     """Off the device with what a cache has made needless; `build_pipeline` brings it back."""
     for model in (vae.encoder, *text_encoders):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import torch
 
-from acpo_utils.families.latents import latent_factor, vae_factor
+from acpo_utils.families.latents import StraightThrough, latent_factor, vae_factor
 from acpo_utils.sharding import WEIGHT_DTYPES
 from acpo_utils.training.step_cost import StepCost, is_tiny, tiny_decoder
 
@@ -82,6 +82,8 @@ def memory_parts(step_cost: StepCost, scorers: dict[str, list], args: SimpleName
     }
     if args.decode == "tiny":
         parts["weights: tiny VAE"] = num_bytes(decoder if is_tiny(decoder) else tiny_decoder(vae))  # or a suggestion
+    elif isinstance(decoder, StraightThrough):
+        parts["weights: the gradient's decoder"] = num_bytes(decoder.backward_vae)
     elif args.decode_dtype in WEIGHT_DTYPES:
         parts["weights: decoder to train by"] = num_bytes(vae.decoder) / 2
     for name, several in scorers.items():

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from acpo_utils.families.latents import latents_shape, vae_factor
+from acpo_utils.families.latents import StraightThrough, latents_shape, vae_factor
 from acpo_utils.late_step import checkpoint_decoder
 from acpo_utils.randomness import step_generator
 from acpo_utils.sharding import WEIGHT_DTYPES
@@ -153,7 +153,8 @@ class StepCost:
         decoder = self.models[2]
         if args.decode == "tiny" and not is_tiny(decoder):
             decoder = tiny_decoder(self.models[1])  # a suggestion
-        decoder = self._fake(decoder, WEIGHT_DTYPES.get(args.decode_dtype))
+        straight = isinstance(decoder, StraightThrough)  # whose two decoders have their dtypes
+        decoder = self._fake(decoder, None if straight else WEIGHT_DTYPES.get(args.decode_dtype))
         if half:
             unet.forward = convert_outputs_to_fp32(torch.autocast(self.device.type, half)(unet.forward))
         getattr(unet, f"{'enable' if args.gradient_checkpointing else 'disable'}_gradient_checkpointing")()
@@ -191,7 +192,7 @@ class StepCost:
         def decode(latents, return_dict=False):
             given = latents.detach().requires_grad_()
             run = lambda: decoder.decode(given, return_dict=False)[0]  # noqa: E731
-            flags = (args.decode == "tiny", args.decode_dtype, args.gradient_checkpointing)
+            flags = (args.decode, args.decode_dtype, args.gradient_checkpointing)
             each = cost(run, "decode", latents.shape[1:], *flags)
             height, width = (vae_factor(vae) * extent for extent in latents.shape[-2:])
             if args.decode_batch_size:  # the image is kept; each chunk's graph is made, and gone, in the backward pass

@@ -15,9 +15,14 @@ def check_text_to_image(args) -> None:
         raise ValueError("need one of --dataset_name, --train_data_dir and --train_prompts")
     if args.train_prompts and (args.late_start == "data" or args.diffusion_weight):
         raise ValueError("--train_prompts has no images: it needs --late_start rollout and --diffusion_weight 0")
-    crop, tiny = args.decode == "crop", args.decode == "tiny"
-    if crop != bool(args.decode_size) or tiny != bool(args.tiny_vae_name_or_path):
+    crop, tiny, straight = (args.decode == way for way in ("crop", "tiny", "straight_through"))
+    if crop != bool(args.decode_size) or (not straight and tiny != bool(args.tiny_vae_name_or_path)):
         raise ValueError("--decode crop goes with --decode_size, --decode tiny with --tiny_vae_name_or_path")
+    if straight and not args.tiny_vae_name_or_path and args.decode_dtype == "fp32":
+        raise ValueError(
+            "--decode straight_through needs what its gradient goes through: --decode_dtype bf16 for the VAE in bf16, or "
+            "--tiny_vae_name_or_path"
+        )
     if args.cache_latents and (args.train_prompts or not args.center_crop):
         raise ValueError("--cache_latents needs images and --center_crop: a random crop is another image every time")
     check_objective(args)

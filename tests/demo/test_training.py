@@ -8,7 +8,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 
 from tests import REPOSITORY
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import tiny_taesd, tiny_tokenizer, tiny_vae
 
 
 DEMO = REPOSITORY / "examples" / "demo"
@@ -113,3 +113,35 @@ def test_the_vae_starts_with_signals_of_one_size_and_almost_no_noise():
         assert 0.2 < posterior.mean.std() < 5
         torch.testing.assert_close(posterior.logvar, torch.full_like(posterior.mean, -6.0))
         assert 0.2 < vae.decode(posterior.mean).sample.std() < 5
+
+
+def test_a_tiny_decoder_is_taught_what_becomes_of_the_guides_gradient():
+    script = load_script("train_tiny_vae")
+    vae = tiny_vae().eval().requires_grad_(False)
+    probe = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    guide = Namespace(score=lambda images, prompts: torch.sigmoid((images * probe).mean((1, 2, 3))))
+    torch.manual_seed(0)
+    latents, images, image_gradients, latent_gradients = script.guide_gradients(
+        vae, guide, torch.randn(3, 4, 8, 8), ["a", "b", "c"]
+    )
+    torch.testing.assert_close(latent_gradients.flatten(1).norm(dim=1), torch.ones(3))
+    assert images.min() >= 0 and images.max() <= 1 and not image_gradients.requires_grad
+
+    def gradient_loss(decoder):
+        steps = [
+            script.gradient_step(decoder, latents.clone(), images, image_gradients, latent_gradients, weight)
+            for weight in (0.0, 1.0)
+        ]
+        return steps[1] - steps[0]
+
+    exact = Namespace(decode=lambda z, return_dict: vae.decode(z / vae.config.scaling_factor, return_dict=False))
+    tiny = tiny_taesd().train()
+    assert gradient_loss(exact).item() == pytest.approx(0, abs=1e-5)
+    before = gradient_loss(tiny)
+    assert before > 0.5
+    optimizer = torch.optim.Adam(tiny.decoder.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        gradient_loss(tiny).backward()
+        optimizer.step()
+    assert gradient_loss(tiny) < 0.8 * before

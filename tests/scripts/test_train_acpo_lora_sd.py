@@ -243,6 +243,7 @@ def test_other_decoders_train_too_and_leave_the_final_comparison_to_the_vae(sd_f
     others = {
         "crop": {"decode": "crop", "decode_size": 16},
         "tiny": {"decode": "tiny", "tiny_vae_name_or_path": tmp_path / "taesd", "gradient_checkpointing": True},
+        "straight_through": {"decode": "straight_through", "decode_dtype": "bf16", "gradient_checkpointing": True},
     }
     run_script(SCRIPT, *sd_flags("full", max_train_steps=2))
     for name, options in others.items():
@@ -256,6 +257,10 @@ def test_other_decoders_train_too_and_leave_the_final_comparison_to_the_vae(sd_f
 
 BAD_INPUT = {
     "decode": ({"decode": "crop"}, "--decode crop goes with --decode_size"),
+    "straight through": (
+        {"decode": "straight_through"},
+        "--decode straight_through needs what its gradient goes through",
+    ),
     "decode batch": ({"decode_batch_size": 0}, "--decode_batch_size: expected at least 1, found 0"),
     "window": (
         {"decode": "crop", "decode_size": 15},

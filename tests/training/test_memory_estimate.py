@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
 from acpo_utils.evaluators import WeightedEvaluators, load_evaluator
-from acpo_utils.families.latents import decoder_in
+from acpo_utils.families.latents import build_decoder
 from acpo_utils.late_step import checkpoint_decoder
 from acpo_utils.randomness import step_generator
 from acpo_utils.training import memory_estimate as estimate
@@ -33,6 +33,7 @@ FLAGS = DEFAULTS | {
     "resolution": 32,
     "decode_size": 16,
     "decode_dtype": "fp32",
+    "tiny_vae_name_or_path": None,
     "gradient_checkpointing": False,
     "mixed_precision": "no",
     "cache_latents": False,
@@ -81,7 +82,8 @@ def build_world(tiny_pipeline, tiny_guide):
         getattr(unet, f"{'enable' if args.gradient_checkpointing else 'disable'}_gradient_checkpointing")()
         checkpoint_decoder(models[2], args.gradient_checkpointing)
         if args.decode_dtype == "bf16":
-            models[2] = decoder_in(torch.bfloat16, vae)
+            models[2] = build_decoder(vae, args)
+            checkpoint_decoder(models[2], args.gradient_checkpointing)
         return args
 
     def step(args):
@@ -141,6 +143,7 @@ CASES = [
     {"decode": "crop"},
     {"decode_batch_size": 1},
     {"decode_dtype": "bf16"},
+    {"decode": "straight_through", "decode_dtype": "bf16"},
     {"quality_weight": 0.0},
     {"quality_weight": 0.0, "anchor_weight": 0.0},
     {"diffusion_weight": 0.0, "anchor_weight": 0.0},
