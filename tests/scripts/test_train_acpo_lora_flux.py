@@ -155,12 +155,13 @@ def test_the_estimate_keeps_what_a_step_keeps(world):
 # --- The script
 
 
-def test_outputs_and_the_lora_in_the_stock_pipeline(flags, lora_of, prompts, tmp_path, tiny_flux_pipeline):
-    """By `accelerate launch`; the other tests run the script in this process."""
+@pytest.mark.parametrize("run", [run_script, pytest.param(launch, marks=pytest.mark.slow)])
+def test_outputs_and_the_lora_in_the_stock_pipeline(run, flags, lora_of, prompts, tmp_path, tiny_flux_pipeline):
+    """In this process and, of the slow tests, by `accelerate launch`."""
     targets = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2"]
     options = {"rank": 3, "lora_alpha": 6, "lora_layers": ",".join(targets), "learning_rate": 1e-2}
     options |= {"validation_steps": 2, "validation_prompt": "a red wall", "num_validation_images": 1}
-    launch(SCRIPT, *flags(eval_prompts=prompts, num_inference_steps=6, checkpointing_steps=3, **options))
+    run(SCRIPT, *flags(eval_prompts=prompts, num_inference_steps=6, checkpointing_steps=3, **options))
     folder = tmp_path / "out"
     made = {path.name for path in folder.iterdir()}
     assert made >= {"checkpoint-3", "comparison.png", "metrics.json", "validation", "README.md", LORA_NAME}

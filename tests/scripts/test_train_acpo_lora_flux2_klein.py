@@ -179,15 +179,16 @@ def test_the_estimate_keeps_what_a_step_keeps_and_suggests_the_small_decoder(wor
 # --- The script
 
 
-def test_outputs_and_the_lora_in_the_stock_pipeline(flags, lora_of, prompts, tmp_path, tiny_klein_pipeline):
-    """By `accelerate launch`; the other tests run the script in this process."""
+@pytest.mark.parametrize("run", [run_script, pytest.param(launch, marks=pytest.mark.slow)])
+def test_outputs_and_the_lora_in_the_stock_pipeline(run, flags, lora_of, prompts, tmp_path, tiny_klein_pipeline):
+    """In this process and, of the slow tests, by `accelerate launch`."""
     targets = ["to_q", "to_v", "to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out", "ff.linear_in"]
     options = {"rank": 3, "lora_alpha": 6, "lora_layers": ",".join(targets), "learning_rate": 1e-2}
     options |= {"validation_steps": 2, "validation_prompt": "a red wall", "num_validation_images": 1}
-    output = launch(
+    output = run(
         SCRIPT, *flags(eval_prompts=prompts, num_inference_steps=4, tmax=800, checkpointing_steps=3, **options)
     )
-    assert "kept: decode" in output and "No estimate of memory" not in output
+    assert run is not launch or ("kept: decode" in output and "No estimate of memory" not in output)
     folder = tmp_path / "out"
     made = {path.name for path in folder.iterdir()}
     assert made >= {"checkpoint-3", "comparison.png", "metrics.json", "validation", "README.md", LORA_NAME}
