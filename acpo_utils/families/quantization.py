@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from diffusers import BitsAndBytesConfig
+from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 
 from acpo_utils.files import one_line
 
@@ -47,6 +47,7 @@ def check_quantization(path: str | Path | None) -> None:
         raise ImportError(f"{FLAG} needs bitsandbytes: pip install bitsandbytes")
     if not gpu_is_there():
         raise ValueError(f"{FLAG} needs a GPU, and none was found: leave it out")
+    build_quantization_config(path, torch.float32)
 
 
 def gpu_is_there() -> bool:

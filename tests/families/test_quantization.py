@@ -9,7 +9,6 @@ import pytest
 import torch
 import train_acpo_lora_sd3 as script
 from diffusers import StableDiffusion3Pipeline
-from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -34,6 +33,8 @@ FAMILIES = {
 def on_cpu(monkeypatch):
     """diffusers takes the CPU for a GPU."""
     pytest.importorskip("bitsandbytes")
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+
     monkeypatch.setattr(quantization, "gpu_is_there", lambda: True)
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, **_: None)
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
@@ -77,9 +78,9 @@ def test_what_is_missing_is_said_before_anything_is_loaded(monkeypatch, tmp_path
     monkeypatch.setattr(quantization, "find_spec", lambda name: name)
     monkeypatch.setattr(quantization, "gpu_is_there", lambda: False)
     assert "needs a GPU, and none was found" in refused(EXAMPLES / "train_acpo_lora_sd3.py", *flags, NF4)
-    with pytest.raises(ValueError, match="bnb_4bit_quant_storage"):
-        path = write({"load_in_4bit": True, "bnb_4bit_quant_storage": "nothing"})
-        quantization.build_quantization_config(path, torch.float32)
+    monkeypatch.setattr(quantization, "gpu_is_there", lambda: True)
+    with pytest.raises(ValueError, match="^--bnb_quantization_config_path .*bnb_4bit_quant_storage"):
+        check_quantization(write({"load_in_4bit": True, "bnb_4bit_quant_storage": "nothing"}))
 
 
 def load(family, folder, path):
