@@ -122,14 +122,20 @@ def _load_part(
     if quantization_config_path:
         keywords["quantization_config"] = build_quantization_config(quantization_config_path, dtype)
     # Without peft's prepare_model_for_kbit_training of diffusers' scripts: norms stay in `dtype`, as in a base that is whole.
-    return load_strictly(
-        part_class.from_pretrained,
-        source,
-        subfolder=name,
-        revision=revision,
-        variant=variant,
-        **keywords,
-    )
+    try:
+        return load_strictly(
+            part_class.from_pretrained,
+            source,
+            subfolder=name,
+            revision=revision,
+            variant=variant,
+            **keywords,
+        )
+    except (
+        NotImplementedError
+    ) as error:  # diffusers moves a quantised model, to the GPU, before it says what is missing
+        where = Path(source, name)
+        raise ValueError(f"the weights in {where} do not fit its config.json: some are missing.") from error
 
 
 def _configurations(single_file: str) -> str | None:

@@ -4,13 +4,14 @@ diffusers quantises on a GPU alone. bitsandbytes has kernels for the CPU too, so
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 import train_acpo_lora_sd3 as script
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from acpo_utils.anchor import base_prediction
 from acpo_utils.families import flux, flux2_klein, quantization, sd3, z_image
@@ -151,6 +152,19 @@ def test_layers_that_are_named_stay_whole(on_cpu, tiny_sd3_pipeline, write):
     weights = sum(layer.weight.numel() for layer in layers)
     assert once - twice == pytest.approx(weights / 64 * (4 - 1 - 4 / 256))
     assert quantization.largest_layer(whole, config) == max(layer.weight.numel() for layer in layers)
+
+
+@pytest.mark.parametrize("change, found", [("missing", "some are missing"), ("unexpected", "1 unexpected tensors")])
+def test_a_4_bit_base_is_read_strictly_too(on_cpu, tiny_sd3_pipeline, tmp_path, change, found):
+    shutil.copytree(tiny_sd3_pipeline, tmp_path / "damaged")
+    (file,) = (tmp_path / "damaged" / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    weight = weights.pop("transformer_blocks.0.attn.to_k.weight")
+    if change == "unexpected":
+        weights |= {"transformer_blocks.0.attn.to_k.weight": weight, "another.weight": weight.clone()}
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=f"the weights in .*transformer do not fit its config.json: {found}"):
+        load("sd3", tmp_path / "damaged", NF4)
 
 
 def test_the_script_trains_over_a_4_bit_base(on_cpu, tiny_sd3_pipeline, tiny_guide, captioned_images, tmp_path):
