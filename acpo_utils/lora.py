@@ -175,7 +175,8 @@ def load_lora(unet: Any, path: str | Path, adapter_name: str = "default", pipeli
     for name, weight in found.items():
         layer, _, matrix = name.partition(".lora_")
         module = getattr(modules.get(layer), "base_layer", modules.get(layer))
-        shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))  # () of a block or an activation
+        base = getattr(module, "weight", None)  # () of a block or an activation; of 4 bits, packed into another shape
+        shape = tuple(getattr(getattr(base, "quant_state", base), "shape", ()))
         dimension = {"A.weight": slice(1, 2), "B.weight": slice(0, 1)}.get(matrix, slice(0, 0))
         if not shape or weight.shape[dimension] != shape[dimension]:
             expected = f"a layer of shape {shape}" if shape else "no such layer"

@@ -38,6 +38,10 @@ def configure_sharding(accelerator, args, kinds: tuple[DistributedType, ...]) ->
         raise ValueError(f"distributed_type {kind.value}: expected one of {known} (docs/scaling.md says why).")
     if kind in SHARDED and accelerator.mixed_precision == "fp16":
         raise ValueError(f"fp16 with {kind.value}: expected bf16 or no. Its loss scale is not that of the scripts.")
+    if kind in SHARDED and getattr(args, "bnb_quantization_config_path", None):
+        raise ValueError(
+            f"--bnb_quantization_config_path with {kind.value}: expected MULTI_GPU or NO. It was not tried."
+        )
     if kind == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, args)
     if kind == DistributedType.FSDP:

@@ -29,6 +29,7 @@ from peft import LoraConfig
 from tqdm.auto import tqdm
 
 from acpo_utils.evaluators import IPCE
+from acpo_utils.families.quantization import read_quantization_config
 from acpo_utils.files import atomic_write
 from acpo_utils.training.memory_estimate import memory_parts
 from acpo_utils.training.step_cost import StepCost
@@ -223,6 +224,9 @@ def estimate(args):
     noise_scheduler = DDPMScheduler(clip_sample=False)
     if "transformer" in family:
         noise_scheduler = FlowMatchEulerDiscreteScheduler()
+    quantization = None
+    if args.bnb_quantization_config_path:
+        quantization = read_quantization_config(args.bnb_quantization_config_path)
     guide = build_guide()
     images = torch.rand(1, 3, args.resolution, args.resolution)
     guide.score(images, ["a prompt"])  # whose embedding is kept from here on
@@ -233,6 +237,7 @@ def estimate(args):
         noise_scheduler=noise_scheduler,
         conditions={name: torch.zeros(shape) for name, shape in family["conditions"].items()},
         device=torch.device("cpu"),
+        quantization=quantization,
     )
     rows = []
     for label, flags in tqdm(VARIANTS.items(), desc=f"{args.family} at {args.resolution} px"):
@@ -263,6 +268,7 @@ def parse_args(input_args=None):
     add("--resolution", type=int, help="default: the family's own")
     add("--train_batch_size", type=int, default=1)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="bf16")
+    add("--bnb_quantization_config_path", help="a 4- or 8-bit base, of the families with a transformer")
     add("--output_file", type=Path, help="the numbers as json")
     args = parser.parse_args(input_args)
     args.resolution = args.resolution or FAMILIES[args.family]["resolution"]
@@ -271,6 +277,13 @@ def parse_args(input_args=None):
             f"expected --resolution as a multiple of 64 and --train_batch_size of at least 1, found {args.resolution} and "
             f"{args.train_batch_size}"
         )
+    if args.bnb_quantization_config_path:
+        if "transformer" not in FAMILIES[args.family]:
+            parser.error(f"--bnb_quantization_config_path: --family {args.family} has no transformer")
+        try:
+            read_quantization_config(args.bnb_quantization_config_path)
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 

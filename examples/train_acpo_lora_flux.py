@@ -148,6 +148,7 @@ def parse_args(input_args=None):
     add("--pretrained_model_name_or_path", help="hub id or folder of a FLUX.1")
     add("--revision")
     add("--variant")
+    add("--bnb_quantization_config_path", help="4- or 8-bit base: BitsAndBytesConfig as JSON, needs a GPU")
     add("--evaluator", nargs="+", action="extend", help="the frozen guide Q: ipce:PATH, ... (docs/evaluators.md)")
     add("--evaluator_weight", nargs="+", action="extend", type=float, help="one for each guide; equal by default")
     add("--judge", nargs="+", action="extend", help="what guides nothing: judge:PATH or as --evaluator, or several")
@@ -290,6 +291,7 @@ def load_models(args, weight_dtype, device):
         weight_dtype=weight_dtype,
         device=device,
         max_sequence_length=args.max_sequence_length,
+        quantization_config_path=args.bnb_quantization_config_path,
     )
     vae.to(memory_format=torch.channels_last)
     check_sizes(noise_scheduler, vae, transformer, args.tmax, args.resolution, args.decode_size)

@@ -91,6 +91,13 @@ def test_what_does_not_work_is_refused(accelerator, kinds, expected):
         configure_sharding(accelerator, ARGS, kinds)
 
 
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_a_quantised_base_is_not_split_up(kind):
+    args = SimpleNamespace(**vars(ARGS), bnb_quantization_config_path="bnb.json")
+    with pytest.raises(ValueError, match=f"bnb_quantization_config_path with {kind}: expected MULTI_GPU or NO"):
+        configure_sharding(accelerator_of(kind), args, SHARDED)
+
+
 def test_without_sharding_nothing_changes():
     configure_sharding(accelerator_of("MULTI_GPU"), ARGS, ())
     accelerator, unet = Accelerator(cpu=True), lora_unet()

@@ -32,10 +32,11 @@ def load(
     weight_dtype: torch.dtype,
     device: str | torch.device,
     max_sequence_length: int = 512,
+    quantization_config_path: str | None = None,
 ):
     """(noise_scheduler, tokenizers, text_encoders, vae, transformer) of a hub id or a folder; frozen, on `device`.
 
-    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`. The two tokenizers are a list, the two text
+    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`, the transformer quantised if a file says how. The two tokenizers are a list, the two text
     encoders a ModuleList. `max_sequence_length` is T5's, in tokens. Every part is loaded from safetensors, and strictly.
     Raises ValueError, in one line, for what is no FLUX.1 pipeline, or not all of one.
     """
@@ -49,6 +50,7 @@ def load(
         variant=variant,
         dtypes=dtypes | {"vae": torch.float32},
         check_configs=_check_configs,
+        quantization_config_path=quantization_config_path,
     )
     limit_tokenizer(parts["tokenizer"], parts["text_encoder"])
     parts["tokenizer_2"].model_max_length = max_sequence_length

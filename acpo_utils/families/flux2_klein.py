@@ -37,11 +37,12 @@ def load(
     weight_dtype: torch.dtype,
     device: str | torch.device,
     max_sequence_length: int = 512,
+    quantization_config_path: str | None = None,
 ):
     """(noise_scheduler, tokenizers, text_encoders, vae, transformer, is_distilled) of a hub id or a folder; frozen, on
     `device`.
 
-    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`. `tokenizers` is a list of one
+    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`, the transformer quantised if a file says how. `tokenizers` is a list of one
     `ChatTokenizer`, `text_encoders` a ModuleList of one. `max_sequence_length` is a caption's, in tokens. Every part is loaded
     from safetensors, and strictly. Raises ValueError, in one line, for what is no FLUX.2-klein pipeline, or not all of one.
     """
@@ -54,6 +55,7 @@ def load(
         variant=variant,
         dtypes={"text_encoder": weight_dtype, "vae": torch.float32, "transformer": weight_dtype},
         check_configs=_check_configs,
+        quantization_config_path=quantization_config_path,
     )
     limit_tokenizer(parts["tokenizer"], parts["text_encoder"])
     tokenizers = [ChatTokenizer(parts["tokenizer"], max_sequence_length, enable_thinking=False)]

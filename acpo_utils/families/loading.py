@@ -8,6 +8,7 @@ from accelerate.utils import compare_versions
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard, hf_hub_download
 
+from acpo_utils.families.quantization import build_quantization_config
 from acpo_utils.files import load_strictly, one_line
 
 
@@ -46,6 +47,7 @@ def load_pipeline_parts(
     variant: str | None,
     dtypes: dict[str, torch.dtype],
     check_configs: Callable[[str, str | None], None],
+    quantization_config_path: str | None = None,
 ) -> tuple[dict, dict]:
     """({part: tokenizer or model, frozen}, the scheduler's configuration) of a hub id, a folder or a .safetensors file.
 
@@ -53,6 +55,7 @@ def load_pipeline_parts(
         part_classes: by the name of the part, which is its subfolder too. dtypes: of the models among them.
         check_configs: (source, revision) -> None, raises ValueError for parts that do not fit each other, before a
             weight is read.
+        quantization_config_path: of the transformer, if it is to be quantised (`acpo_utils.families.quantization`).
     Raises:
         ValueError: in one line, for what is no pipeline of the family, or not all of one.
     """
@@ -72,7 +75,15 @@ def load_pipeline_parts(
             _check_family(pipeline_class, source, revision)
             check_configs(source, revision)
             parts = {
-                name: _load_part(part_class, source, name, revision, variant, dtypes.get(name))
+                name: _load_part(
+                    part_class,
+                    source,
+                    name,
+                    revision,
+                    variant,
+                    dtypes.get(name),
+                    quantization_config_path if name == "transformer" else None,
+                )
                 for name, part_class in part_classes.items()
             }
             scheduler_config = DDPMScheduler.load_config(source, revision=revision, subfolder="scheduler")
@@ -96,13 +107,35 @@ def refuse_single_file(pipeline_class: type[DiffusionPipeline], source: str) -> 
         )
 
 
-def _load_part(part_class: type, source: str, name: str, revision, variant, dtype: torch.dtype | None):
+def _load_part(
+    part_class: type,
+    source: str,
+    name: str,
+    revision: str | None,
+    variant: str | None,
+    dtype: torch.dtype | None,
+    quantization_config_path: str | None,
+):
     if dtype is None:
         return part_class.from_pretrained(source, revision=revision, subfolder=name)
-    keyword = "dtype" if part_class.__module__.startswith("transformers") else DTYPE
-    return load_strictly(
-        part_class.from_pretrained, source, subfolder=name, revision=revision, variant=variant, **{keyword: dtype}
-    )
+    keywords = {"dtype" if part_class.__module__.startswith("transformers") else DTYPE: dtype}
+    if quantization_config_path:
+        keywords["quantization_config"] = build_quantization_config(quantization_config_path, dtype)
+    # Without peft's prepare_model_for_kbit_training of diffusers' scripts: norms stay in `dtype`, as in a base that is whole.
+    try:
+        return load_strictly(
+            part_class.from_pretrained,
+            source,
+            subfolder=name,
+            revision=revision,
+            variant=variant,
+            **keywords,
+        )
+    except (
+        NotImplementedError
+    ) as error:  # diffusers moves a quantised model, to the GPU, before it says what is missing
+        where = Path(source, name)
+        raise ValueError(f"the weights in {where} do not fit its config.json: some are missing.") from error
 
 
 def _configurations(single_file: str) -> str | None:

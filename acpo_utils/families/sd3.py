@@ -45,10 +45,11 @@ def load(
     weight_dtype: torch.dtype,
     device: str | torch.device,
     max_sequence_length: int = 256,
+    quantization_config_path: str | None = None,
 ):
     """(noise_scheduler, tokenizers, text_encoders, vae, transformer) of a hub id or a folder; frozen, on `device`.
 
-    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`. Three tokenizers are a list, three text
+    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`, the transformer quantised if a file says how. Three tokenizers are a list, three text
     encoders a ModuleList; of a pipeline without T5 there are two tokenizers, and `NoT5` is the third encoder.
     `max_sequence_length` is T5's, in tokens. Every part is loaded from safetensors, and strictly. Raises ValueError, in one
     line, for what is no Stable Diffusion 3 pipeline, or not all of one.
@@ -66,6 +67,7 @@ def load(
         variant=variant,
         dtypes=dtypes | {"vae": torch.float32},
         check_configs=_check_configs,
+        quantization_config_path=quantization_config_path,
     )
     vae, transformer = parts["vae"], parts["transformer"]
     tokenizers = [parts["tokenizer"], parts["tokenizer_2"]]

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from acpo_utils.families.latents import StraightThrough, latent_factor, vae_factor
+from acpo_utils.families.quantization import frozen_bytes
 from acpo_utils.sharding import WEIGHT_DTYPES
 from acpo_utils.training.step_cost import StepCost, is_tiny, tiny_decoder
 
@@ -76,7 +77,7 @@ def memory_parts(step_cost: StepCost, scorers: dict[str, list], args: SimpleName
     width = 2 if args.mixed_precision in WEIGHT_DTYPES else 4
     offloaded = args.cache_latents and step_cost.device.type != "cpu"
     parts = {
-        "weights: U-Net": width * sum(p.numel() for p in unet.parameters() if not p.requires_grad),
+        "weights: U-Net": frozen_bytes(unet, step_cost.quantization, width),
         "weights: VAE": num_bytes(vae) - offloaded * num_bytes(vae.encoder),
         "weights: text encoder": 0 if offloaded else width * sum(p.numel() for p in text_encoder.parameters()),
     }

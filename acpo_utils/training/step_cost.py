@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from acpo_utils.families.latents import StraightThrough, latents_shape, vae_factor
+from acpo_utils.families.quantization import in_full_precision, largest_layer, loaded_quantization
 from acpo_utils.late_step import checkpoint_decoder
 from acpo_utils.randomness import step_generator
 from acpo_utils.sharding import WEIGHT_DTYPES
@@ -137,10 +138,12 @@ class StepCost:
         models: (unet with its LoRA, vae, decoder, text_encoder), before `accelerator.prepare`; they stay as they are.
         guide: (evaluator, images (B, 3, H, W) in [0, 1] of the training's size, B prompts); None without L_quality.
         conditions: what the U-Net is told of one caption, {name: (1, ...)}, as the batch has it where it is cached.
-        device: the training's torch.device.
+        device: the training's torch.device. quantization: of a `unet` that was not loaded so, BitsAndBytesConfig's keywords.
     """
 
-    def __init__(self, training_step, models, guide, noise_scheduler, conditions: dict, device: torch.device):
+    def __init__(self, training_step, models, guide, noise_scheduler, conditions: dict, device, quantization=None):
+        self.quantization = quantization or loaded_quantization(models[0])
+        models = (in_full_precision(models[0]), *models[1:])
         self.training_step, self.models, self.guide, self.device = training_step, models, guide, device
         self.conditions = conditions
         self.scheduler, self.fake_mode = noise_scheduler, FakeTensorMode(allow_non_fake_inputs=True)
@@ -179,6 +182,7 @@ class StepCost:
             run = lambda: model(given, *others, **named)[0]  # noqa: E731
             flags = (args.mixed_precision, args.gradient_checkpointing)
             each = cost(run, "unet", latents.shape[1:], latents.requires_grad, *flags)
+            each = each._replace(passing=each.passing + dequantized / len(latents))
             if torch.is_grad_enabled():
                 return (ledger.spend(f"U-Net {next(passes)}", latents.shape, each, latents, trained),)
             each = each._replace(kept=0, passing=0)  # before there is any graph
@@ -208,6 +212,7 @@ class StepCost:
             each = cost(lambda: evaluator.score(given(), real_prompts), "guide", height, width)
             return ledger.spend("guide", (len(images),), each, images)
 
+        dequantized = largest_layer(self.models[0], self.quantization) * (half or torch.float32).itemsize
         shape = latents_shape(vae, args.train_batch_size, args.resolution)
         side = args.resolution // vae_factor(vae)
         moments_shape = (shape[0], 2 * vae.config.latent_channels, side, side)

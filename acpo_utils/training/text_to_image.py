@@ -5,6 +5,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
 from acpo_utils import data, lora
+from acpo_utils.families.quantization import check_quantization
 from acpo_utils.training.arguments import check_numbers, check_objective
 
 
@@ -29,7 +30,7 @@ def check_text_to_image(args) -> None:
 
 
 def check_flow_matching(args) -> None:
-    """The flags that only the scripts of flow-matching models have. Raises ValueError, in one line."""
+    """The flags that only the scripts of flow-matching models have. Raises ValueError or ImportError, in one line."""
     if args.max_sequence_length > 512:  # the pipelines' limit
         raise ValueError(f"--max_sequence_length: expected at most 512 tokens, found {args.max_sequence_length}")
     if args.weighting_scheme == "sigma_sqrt" and args.diffusion_timesteps == "late":
@@ -37,6 +38,7 @@ def check_flow_matching(args) -> None:
             "--weighting_scheme sigma_sqrt weighs by 1 / sigma^2, which has no bound near sigma = 0: it needs "
             "--diffusion_timesteps full"
         )
+    check_quantization(args.bnb_quantization_config_path)
 
 
 def load_data(args, accelerator):

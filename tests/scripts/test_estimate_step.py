@@ -7,6 +7,7 @@ import estimate_step as script
 import pytest
 
 from acpo_utils.evaluators import load_evaluator
+from acpo_utils.families.quantization import quantized_layers
 from tests.launching import EXAMPLES, refused
 
 
@@ -98,6 +99,29 @@ def test_a_transformer_is_counted_too(family, tiny_guide, monkeypatch):
     assert len(projections) == KINDS[family]
 
 
-def test_the_familys_own_size_and_mistakes():
+def test_a_4_bit_base_takes_less_by_its_weights(tiny_guide, monkeypatch):
+    """And more by the largest layer, which is whole while it computes."""
+    flux = script.FAMILIES["flux"]
+    monkeypatch.setitem(flux, "transformer", flux["transformer"] | NARROW["flux"] | {"attention_head_dim": 128})
+    monkeypatch.setitem(flux["transformer"], "axes_dims_rope", (32, 32, 64))
+    monkeypatch.setitem(flux, "conditions", {"prompt_embeds": (1, 20, 16), "pooled_prompt_embeds": (1, 24)})
+    monkeypatch.setattr(script, "build_guide", lambda: load_evaluator(f"ipce:{tiny_guide}").requires_grad_(False))
+    monkeypatch.setattr(script, "VARIANTS", dict(list(script.VARIANTS.items())[:1]))
+    flags = ["--family", "flux", "--resolution", "64"]
+    path = EXAMPLES / "accelerate_configs" / "bnb_nf4.json"
+    (whole,) = script.estimate(script.parse_args(flags))
+    (quantized,) = script.estimate(script.parse_args([*flags, "--bnb_quantization_config_path", str(path)]))
+    transformer = script.build_models(flux)[0]
+    weights = [m.weight.numel() for m in quantized_layers(transformer, {"load_in_4bit": True})]
+    saved = (whole["GiB, --gradient_checkpointing"] - quantized["GiB, --gradient_checkpointing"]) * 2**30
+    expected = sum(weights) * (2 - 0.5 - 1 / 64) - 2 * max(weights)
+    assert saved == pytest.approx(expected, rel=0.02)
+    assert quantized["TFLOP"] == whole["TFLOP"]
+
+
+def test_the_familys_own_size_and_mistakes(tmp_path):
+    path = ("--bnb_quantization_config_path", tmp_path / "none.json")
+    assert "--family sdxl has no transformer" in refused(EXAMPLES / "estimate_step.py", *path)
+    assert "cannot be read" in refused(EXAMPLES / "estimate_step.py", "--family", "flux", *path)
     assert script.parse_args([]).resolution == 1024 and script.parse_args(["--family", "sd"]).resolution == 512
     assert "--resolution as a multiple of 64" in refused(EXAMPLES / "estimate_step.py", "--resolution", 100)
