@@ -97,15 +97,24 @@ class Check:
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def launch(self, script: Path, *flags) -> tuple[str | None, float]:
-        """`accelerate launch` of the script on one device, ended at the deadline: (why it failed or None, seconds)."""
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--cpu"] * (self.args.device == "cpu")
+    def launch(self, script: Path, *flags, launcher: bool = False) -> tuple[str | None, float]:
+        """The script in a process of its own, ended at the deadline: (why it failed or None, seconds).
+
+        Without `launcher` as `accelerate launch` starts a process on one device, but for the seconds that it takes itself.
+        """
+        command = [sys.executable]
+        if launcher:
+            command += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+            command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+            command += ["--cpu"] * (self.args.device == "cpu")
         paths = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         if self.args.device == "cpu":
-            environment["ACCELERATE_USE_CPU"] = "true"
+            environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         else:
             environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
         if self.seconds_left() <= 0:
@@ -150,7 +159,7 @@ class Check:
         return folder
 
     def train(self, family: str, script: str, flags: str, num_steps: int, profiled: bool = False) -> dict:
-        """What measured_run.py tells of the script on random weights, or {"error": why}. Each command runs once."""
+        """What measured_run.py tells of the script on random weights, or {"error": why}. What has run well runs once."""
         key = (script, flags)
         if key in self.runs:
             return self.runs[key]
@@ -169,10 +178,12 @@ class Check:
         ]
         own += flags.replace("TINY_VAE", f"{models}/tiny_vae").split()
         own += ["--resolution=64"] * self.tiny
-        self.runs[key] = self.measured(HERE / script, own, profile_steps)
-        return self.runs[key]
+        run = self.measured(HERE / script, own, profile_steps)
+        if "error" not in run:
+            self.runs[key] = run
+        return run
 
-    def measured(self, script: Path, flags: list[str], profile_steps: int = 0) -> dict:
+    def measured(self, script: Path, flags: list[str], profile_steps: int = 0, launcher: bool = False) -> dict:
         shutil.rmtree(self.folder / "out", ignore_errors=True)
         file = self.folder / "measured.json"
         file.unlink(missing_ok=True)
@@ -182,6 +193,7 @@ class Check:
             f"--profile_steps={profile_steps}",
             script,
             *flags,
+            launcher=launcher,
         )
         found = {"error": error} if error else json.loads(file.read_text())
         return found | {"flags": " ".join(flags), "process_seconds": seconds}
@@ -253,6 +265,7 @@ def profile_part(check: Check) -> dict[str, list[dict]]:
 
 
 def profile_tables(label: str, run: dict) -> dict[str, list[dict]]:
+    """The parts of a step; where the host waits, and as a bound of what that costs the share of a step without a kernel."""
     if "error" in run:
         return {f"{label}: where the time goes": [{"note": run["error"]}]}
     total = sum(run["parts_ms"].values())
@@ -268,8 +281,8 @@ def profile_tables(label: str, run: dict) -> dict[str, list[dict]]:
     }
     return {
         f"{label}: where the time goes": parts,
-        f"{label}: what waits, and at most costs": [busy],
-        f"{label}: where the host waits for the device": waits,
+        f"{label}: how long the device had nothing to do": [busy],
+        f"{label}: where the host waits for the device (without a GPU: all reads of a tensor)": waits,
         f"{label}: operations": run["operations"],
     }
 
@@ -312,7 +325,7 @@ def demo_part(check: Check) -> dict[str, list[dict]]:
     """4. The embedded demo: its table beside the CPU's, whose seeds say how far a run may be from another one."""
     flags = ["--tmax=100", "--report_to=none", f"--output_dir={check.folder}/out"]
     flags += TINY_DEMO.split() * check.tiny
-    run = check.measured(HERE / "train_acpo_lora_sd.py", flags)
+    run = check.measured(HERE / "train_acpo_lora_sd.py", flags, launcher=True)  # as README.md starts it
     if "error" in run:
         return {"The embedded demo": [{"note": run["error"]}]}
     metrics = json.loads((check.folder / "out" / "metrics.json").read_text())
@@ -389,18 +402,18 @@ def loss_scale_columns(scales: list[float]) -> dict:
 
 # In this order; the numbers are the shares of the time.
 PARTS = {
-    "steps": (steps_part, 150),
-    "profile": (profile_part, 10),
-    "demo": (demo_part, 80),
-    "large": (large_part, 140),
-    "precision": (precision_part, 100),  # compiling comes last
+    "steps": (steps_part, 180),
+    "profile": (profile_part, 20),
+    "demo": (demo_part, 70),
+    "large": (large_part, 120),
+    "precision": (precision_part, 90),  # compiling comes last
 }
 
 
 def hardware(device: str) -> dict[str, str]:
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        name = next((re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), [name])[0]
+        name = (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [name])[0]
     found = {"device": name, "driver": "none"}
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
