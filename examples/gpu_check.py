@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -36,6 +37,7 @@ from acpo_utils.randomness import SharedGenerator, batch_randn
 
 
 check_min_version("0.2.0")
+Tables = dict[str, list[dict]]  # rows by the title of their table
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 SEEDS = HERE / "demo" / "acpo_lora_sd_seeds.json"
@@ -80,6 +82,7 @@ NOISE = {  # latents of a step
     "SDXL, 1024 px, batch 4": (4, 4, 128, 128),
     "Stable Diffusion 3.5, 1024 px, batch 4": (4, 16, 128, 128),
 }
+LAUNCHER = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 TINY_DEMO = "--max_train_steps 3 --late_start data --num_eval_prompts 4 --num_inference_steps 3"
 
 
@@ -87,7 +90,9 @@ class Check:
     """The folder of all files, the runs so far by their command, and until when the present part may take."""
 
     def __init__(self, args):
-        self.args, self.runs, self.deadline = args, {}, time.monotonic() + args.seconds
+        self.args = args
+        self.runs = {}
+        self.deadline = time.monotonic() + args.seconds
         self.tiny = args.size == "tiny"
         self.num_steps = 5 if self.tiny else 30
         self.profile_steps = 1 if self.tiny else 2
@@ -104,12 +109,12 @@ class Check:
         """
         command = [sys.executable]
         if launcher:
-            command += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-            command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-            command += ["--cpu"] * (self.args.device == "cpu")
-        paths = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
+            command += LAUNCHER.split()
+            if self.args.device == "cpu":
+                command.append("--cpu")
+        command += [str(script), *map(str, flags)]
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
@@ -119,10 +124,11 @@ class Check:
             environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
         if self.seconds_left() <= 0:
             return "not run: no time was left", 0.0
-        start, log = time.monotonic(), self.folder / "last.log"
+        start = time.monotonic()
+        log = self.folder / "last.log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [*command, str(script), *map(str, flags)],
+                command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -132,28 +138,22 @@ class Check:
                 process.wait(self.seconds_left())
             except subprocess.TimeoutExpired:
                 end_group(process)
-                return f"ended after {time.monotonic() - start:.0f} s: no more time", time.monotonic() - start
+                seconds = time.monotonic() - start
+                return f"ended after {seconds:.0f} s: no more time", seconds
             except BaseException:
                 end_group(process)
                 raise
-        failed = process.returncode != 0
-        return (why(log.read_text(errors="replace")) if failed else None), time.monotonic() - start
+        error = None
+        if process.returncode != 0:
+            error = why(log.read_text(errors="replace"))
+        return error, time.monotonic() - start
 
     def models(self, family: str) -> Path:
         """The folder of random weights of a family, written at its first use. Raises RuntimeError if that fails."""
         folder = self.folder / family
         if not (folder / "images" / "metadata.jsonl").is_file():
-            error, _ = self.launch(
-                HERE / "random_pipeline.py",
-                "--family",
-                family,
-                "--size",
-                self.args.size,
-                "--device",
-                self.args.device,
-                "--output_dir",
-                folder,
-            )
+            flags = f"--family {family} --size {self.args.size} --device {self.args.device}".split()
+            error, _ = self.launch(HERE / "random_pipeline.py", *flags, f"--output_dir={folder}")
             if error:
                 raise RuntimeError(f"no weights of {family}: {error}")
         return folder
@@ -195,8 +195,12 @@ class Check:
             *flags,
             launcher=launcher,
         )
-        found = {"error": error} if error else json.loads(file.read_text())
-        return found | {"flags": " ".join(flags), "process_seconds": seconds}
+        if error:
+            return {"error": error}
+        found = json.loads(file.read_text())
+        found["flags"] = " ".join(flags)
+        found["process_seconds"] = seconds
+        return found
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -207,29 +211,41 @@ def end_group(process: subprocess.Popen) -> None:
 
 def why(output: str) -> str:
     """The last line of a process's output that names an error of its own, not the launcher's."""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", output) if line.strip()]
-    named = [line for line in lines if re.match(r"(error: |[\w.]*(Error|Exception)\b)", line)]
-    own = [line for line in named if "CalledProcessError" not in line]
-    return (own or lines or ["it said nothing"])[-1][:300]
+    found = "it said nothing"
+    named = False
+    for line in re.split(r"[\r\n]+", output):
+        line = line.strip()
+        names = re.match(r"(error: |[\w.]*(Error|Exception)\b)", line) is not None
+        if "CalledProcessError" in line or named and not names:
+            continue
+        found = line or found
+        named = names
+    return found[:300]
 
 
 def median_seconds(run: dict) -> float:
     seconds = run["seconds"]
-    return statistics.median(seconds[min(WARM_UP, len(seconds) - 1) :])
+    warm_up = min(WARM_UP, len(seconds) - 1)
+    return statistics.median(seconds[warm_up:])
 
 
 def memory_columns(run: dict) -> dict:
-    estimated = sum(run["estimated_bytes"].values())
-    return {
-        PEAK: run["peak_bytes"] and run["peak_bytes"] / 1e9,
-        "estimate GB": estimated / 1e9 or None,
-        "peak of the estimate": run["peak_bytes"] and estimated and run["peak_bytes"] / estimated,
-    }
+    """In GB of a thousand million bytes, as cards are sold; the peak is of a GPU alone."""
+    columns = {}
+    estimate = sum(run["estimated_bytes"].values()) / 1e9
+    if run["peak_bytes"] is not None:
+        columns[PEAK] = run["peak_bytes"] / 1e9
+    if estimate:
+        columns["estimate GB"] = estimate
+    if len(columns) == 2:
+        columns["peak of the estimate"] = columns[PEAK] / estimate
+    return columns
 
 
-def steps_part(check: Check) -> dict[str, list[dict]]:
+def steps_part(check: Check) -> Tables:
     """1. Stable Diffusion 1.4's size, 512 px, batch 4, bf16: time and memory of each kind of step, beside the goals."""
-    rows, base = [], None
+    rows = []
+    base = None
     for label, flags in STEPS.items():
         profiled = label == SHIPPED  # and the profile part reads it
         run = check.train("sd", "train_acpo_lora_sd.py", sd_flags(flags), check.num_steps, profiled)
@@ -239,9 +255,11 @@ def steps_part(check: Check) -> dict[str, list[dict]]:
         seconds = median_seconds(run)
         base = seconds if label == LORA else base
         row = {"run": label, "s": seconds}
-        row[TIMES] = base and seconds / base
+        if base:
+            row[TIMES] = seconds / base
         row[MINUTES] = 1000 * seconds / 60
-        rows.append(row | memory_columns(run))
+        row |= memory_columns(run)
+        rows.append(row)
     return {"Steps at SD-1.4's size, 512 px, batch 4, bf16": rows, "Goals": goals(rows)}
 
 
@@ -250,34 +268,52 @@ def sd_flags(flags: str) -> str:
 
 
 def goals(rows: list[dict]) -> list[dict]:
+    by_label = {row["run"]: row for row in rows}
     found = []
     for label, what, most in GOALS:
-        value = next((row.get(what) for row in rows if row["run"] == label), None)
-        row = {"run": label, "what": what, "at most": most, "measured": value}
-        found.append(row | {"met": "not measured" if value is None else "yes" if value <= most else "no"})
+        value = by_label[label].get(what)
+        row = {
+            "run": label,
+            "what": what,
+            "at most": most,
+            "measured": value,
+            "met": verdict(value, -math.inf, most),
+        }
+        found.append(row)
     return found
 
 
-def profile_part(check: Check) -> dict[str, list[dict]]:
+def verdict(value: float | None, low: float, high: float) -> str:
+    if value is None:
+        return "not measured"
+    return "yes" if low <= value <= high else "no"
+
+
+def profile_part(check: Check) -> Tables:
     """3. Where the time of a step goes, and what drawing noise on the CPU costs."""
-    run = check.train("sd", "train_acpo_lora_sd.py", sd_flags(STEPS[SHIPPED]), check.num_steps, profiled=True)
-    return profile_tables(SHIPPED, run) | {"Noise for one step: drawn on the CPU, or on the device": noise_rows(check)}
+    flags = sd_flags(STEPS[SHIPPED])
+    run = check.train("sd", "train_acpo_lora_sd.py", flags, check.num_steps, profiled=True)
+    tables = profile_tables(SHIPPED, run)
+    tables["Noise for one step: drawn on the CPU, or on the device"] = noise_rows(check)
+    return tables
 
 
-def profile_tables(label: str, run: dict) -> dict[str, list[dict]]:
+def profile_tables(label: str, run: dict) -> Tables:
     """The parts of a step; where the host waits, and as a bound of what that costs the share of a step without a kernel."""
     if "error" in run:
         return {f"{label}: where the time goes": [{"note": run["error"]}]}
     total = sum(run["parts_ms"].values())
-    parts = [{"part": part, "ms": ms, "share": ms / total} for part, ms in run["parts_ms"].items()]
-    parts.append({"part": "the whole step", "ms": total, "share": 1.0})
-    waits = [{"where": where, "a step": number} for where, number in run["synchronisations"].items()]
-    waits += [{"where": f"all, {name}", "a step": number} for name, number in run["api_calls"].items()]
-    median = median_seconds(run)
+    parts = []
+    for part, ms in [*run["parts_ms"].items(), ("the whole step", total)]:
+        parts.append({"part": part, "ms": ms, "share": ms / total})
+    waits = []
+    for where, number in (run["synchronisations"] | run["api_calls"]).items():
+        waits.append({"where": where, "a step": number})
+    step = 1e3 * median_seconds(run)
     busy = {
-        "step, ms": 1e3 * median,
+        "step, ms": step,
         "kernels run, ms": run["busy_ms"],
-        "idle, share": max(0.0, 1 - run["busy_ms"] / (1e3 * median)),
+        "idle, share": max(0.0, 1 - run["busy_ms"] / step),
     }
     return {
         f"{label}: where the time goes": parts,
@@ -296,16 +332,14 @@ def noise_rows(check: Check) -> list[dict]:
             generator = SharedGenerator()
             generator.manual_seed(0)
             generator.num_processes = num_processes
-
-            def on_cpu():
-                return batch_randn(shape, generator, device, torch.bfloat16)
-
-            def on_device():
-                return torch.randn(shape, device=device, dtype=torch.bfloat16)
-
-            row = {"latents": label, "processes": num_processes}
-            row["ms, drawn on the CPU"] = 2 * milliseconds(on_cpu, device)
-            row["ms, on the device"] = 2 * milliseconds(on_device, device)
+            on_cpu = partial(batch_randn, shape, generator, device, torch.bfloat16)
+            on_device = partial(torch.randn, shape, device=device, dtype=torch.bfloat16)
+            row = {
+                "latents": label,
+                "processes": num_processes,
+                "ms, drawn on the CPU": 2 * milliseconds(on_cpu, device),
+                "ms, on the device": 2 * milliseconds(on_device, device),
+            }
             rows.append(row)
     return rows
 
@@ -321,58 +355,78 @@ def milliseconds(function, device: str, repetitions: int = 10) -> float:
     return statistics.median(times)
 
 
-def demo_part(check: Check) -> dict[str, list[dict]]:
+def demo_part(check: Check) -> Tables:
     """4. The embedded demo: its table beside the CPU's, whose seeds say how far a run may be from another one."""
     flags = ["--tmax=100", "--report_to=none", f"--output_dir={check.folder}/out"]
-    flags += TINY_DEMO.split() * check.tiny
+    if check.tiny:
+        flags += TINY_DEMO.split()
     run = check.measured(HERE / "train_acpo_lora_sd.py", flags, launcher=True)  # as README.md starts it
     if "error" in run:
         return {"The embedded demo": [{"note": run["error"]}]}
-    metrics = json.loads((check.folder / "out" / "metrics.json").read_text())
+    file = check.folder / "out" / "metrics.json"
+    metrics = json.loads(file.read_text())
     timing = {
         "s, all of it": run["process_seconds"],
         "s a step": median_seconds(run),
         "steps": 1 + len(run["seconds"]),
     }
-    return {"The embedded demo beside the CPU's": demo_rows(metrics), "The embedded demo: time": [timing]}
+    return {
+        "The embedded demo beside the CPU's": demo_rows(metrics),
+        "The embedded demo: time": [timing],
+    }
 
 
 def demo_rows(metrics: dict) -> list[dict]:
     """A row for each number of the CPU's runs; "within": in the 95 % interval of one more run like the seeds' (Student)."""
     reference = json.loads(SEEDS.read_text())
-    comparisons, panel = metrics["comparisons"], metrics.get("panel", {})
-    found = {("base", name): row["base_mean"] for name, row in comparisons.items()}
-    found |= {("difference", name): row["mean_difference"] for name, row in comparisons.items()}
-    found |= {("change", name): row["change"] for name, row in panel.items()}
+    found = {}
+    for name, row in metrics["comparisons"].items():
+        found["base", name] = row["base_mean"]
+        found["difference", name] = row["mean_difference"]
+    for name, row in metrics.get("panel", {}).items():
+        found["change", name] = row["change"]
     rows = []
     for kind in ("base", "difference", "change"):
         for name, seeds in reference[kind].items():
-            mean, n = statistics.mean(seeds), len(seeds)
-            half = stats.t.ppf(0.975, n - 1) * statistics.stdev(seeds) * math.sqrt(1 + 1 / n)
+            n = len(seeds)
+            mean = statistics.mean(seeds)
+            quantile = float(stats.t.ppf(0.975, n - 1))
+            half = quantile * statistics.stdev(seeds) * math.sqrt(1 + 1 / n)
             value = found.get((kind, name))
-            row = {"metric": name, "what": kind, "CPU, mean": mean, "±": float(half), "here": value}
-            row["within"] = "not measured" if value is None else "yes" if abs(value - mean) <= half else "no"
+            row = {
+                "metric": name,
+                "what": kind,
+                "CPU, mean": mean,
+                "±": half,
+                "here": value,
+                "within": verdict(value, mean - half, mean + half),
+            }
             rows.append(row)
     return rows
 
 
-def large_part(check: Check) -> dict[str, list[dict]]:
+def large_part(check: Check) -> Tables:
     """5. The large models at 1024 px, batch 1, bf16: time and memory, and where the time goes."""
-    rows, tables = [], {}
+    rows = []
+    tables = {}
+    num_steps = min(check.num_steps, 20)
     for label, (family, script) in LARGE.items():
-        run = check.train(family, script, LARGE_FLAGS, min(check.num_steps, 20), profiled=True)
+        run = check.train(family, script, LARGE_FLAGS, num_steps, profiled=True)
         shutil.rmtree(check.folder / family, ignore_errors=True)  # gigabytes
         if "error" in run:
             rows.append({"run": label, "note": run["error"]})
             continue
-        rows.append({"run": label, "s": median_seconds(run)} | memory_columns(run))
+        row = {"run": label, "s": median_seconds(run)}
+        row |= memory_columns(run)
+        rows.append(row)
         tables |= profile_tables(label, run)
     return {f"Large models at 1024 px: {LARGE_FLAGS}": rows} | tables
 
 
-def precision_part(check: Check) -> dict[str, list[dict]]:
+def precision_part(check: Check) -> Tables:
     """2. The shipped step in fp16, with tf32, and compiled, beside bf16."""
-    rows, base = [], None
+    rows = []
+    base = None
     for label, flags in PRECISIONS.items():
         command = f"--train_batch_size 4 {flags}"
         run = check.train("sd", "train_acpo_lora_sd.py", command, check.num_steps)
@@ -381,9 +435,14 @@ def precision_part(check: Check) -> dict[str, list[dict]]:
             continue
         seconds = median_seconds(run)
         base = seconds if label == "bf16" else base
-        row = {"run": label, "s": seconds, "of bf16": base and seconds / base, "first step, s": run["seconds"][0]}
-        row["losses, all finite"] = "yes" if all(map(math.isfinite, run["losses"])) else "no"
-        rows.append(row | loss_scale_columns(run["loss_scales"]))
+        finite = all(math.isfinite(loss) for loss in run["losses"])
+        row = {"run": label, "s": seconds}
+        if base:
+            row["of bf16"] = seconds / base
+        row["first step, s"] = run["seconds"][0]
+        row["losses, all finite"] = "yes" if finite else "no"
+        row |= loss_scale_columns(run["loss_scales"])
+        rows.append(row)
     return {"fp16, tf32, torch.compile at SD-1.4's size": rows}
 
 
@@ -391,10 +450,15 @@ def loss_scale_columns(scales: list[float]) -> dict:
     """The loss scale at both ends, and for how many of the last steps it stayed as it is: settled if for ten or more."""
     if not scales:
         return {}
-    stayed = next((n for n, scale in enumerate(reversed(scales)) if scale != scales[-1]), len(scales))
+    last = scales[-1]
+    stayed = 0
+    for scale in reversed(scales):
+        if scale != last:
+            break
+        stayed += 1
     return {
         "loss scale, first": scales[0],
-        "loss scale, last": scales[-1],
+        "loss scale, last": last,
         "unchanged for": stayed,
         "settled": "yes" if stayed >= 10 else "no",
     }
@@ -411,15 +475,16 @@ PARTS = {
 
 
 def hardware(device: str) -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        name = (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [name])[0]
-    found = {"device": name, "driver": "none"}
+    found = {"cpu": platform.processor() or platform.machine()}
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and (names := re.findall(r"model name\s*: (.*)", info.read_text())):
+        found["cpu"] = names[0]
     if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
-        found = {"device": torch.cuda.get_device_name(), "driver": driver.stdout.split()[0] if driver else "unknown"}
-        found["cpu"] = name
+        found["gpu"] = torch.cuda.get_device_name()
+        if shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            answer = subprocess.run(query, capture_output=True, text=True)
+            found["driver"] = answer.stdout.partition("\n")[0]
     return found | {
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
@@ -432,30 +497,46 @@ def hardware(device: str) -> dict[str, str]:
 
 
 def text(value) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
         return format(value, ".3g")
-    return "" if value is None else str(value).replace("|", "\\|")
+    return str(value).replace("|", "\\|")
+
+
+def line(cells) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Markdown; a row need not have every column."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [line(names), line("---" for _ in names)]
+    for row in rows:
+        lines.append(line(text(row.get(name)) for name in names))
+    return lines
 
 
 def markdown(report: dict) -> str:
     lines = ["# GPU check", "", f"`{report['command']}`", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in report["hardware"].items()), ""]
+    hardware = (f"{name} {value}" for name, value in report["hardware"].items())
+    lines += [", ".join(hardware), ""]
     if report["size"] == "tiny":
         lines += ["**A rehearsal at tiny sizes: none of these numbers means anything.**", ""]
     for part, found in report["parts"].items():
         lines += [f"## {part} ({found['seconds']:.0f} s)", ""]
         for title, rows in found["tables"].items():
-            names = list(dict.fromkeys(name for row in rows for name in row))
-            lines += [f"### {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-            lines += [f"| {' | '.join(text(row.get(name)) for name in names)} |" for row in rows]
+            lines += [f"### {title}", ""]
+            lines += table(rows)
             lines.append("")
     return "\n".join(lines)
 
 
 def save(report: dict, folder: Path) -> None:
-    for name, content in (("gpu_check.json", json.dumps(report, indent=2)), ("gpu_check.md", markdown(report))):
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(content)
+    with atomic_write(folder / "gpu_check.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2))
+    with atomic_write(folder / "gpu_check.md") as temporary:
+        temporary.write_text(markdown(report))
 
 
 def parse_args(input_args=None):
@@ -477,32 +558,37 @@ def main(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("expected a CUDA device, found none: --size tiny --device cpu rehearses without one")
     check = Check(args)
-    flags = ["--parts", *args.parts, "--seconds", f"{args.seconds:g}", "--size", args.size, "--device", args.device]
     report = {
-        "command": " ".join(["python examples/gpu_check.py", *flags]),
+        "command": f"python examples/gpu_check.py --parts {' '.join(args.parts)} --seconds {args.seconds:g}",
         "hardware": hardware(args.device),
         "size": args.size,
         "parts": {},
+        "runs": {},
     }
     end = check.deadline
-    parts = {name: PARTS[name] for name in PARTS if name in args.parts}
+    parts = [name for name in PARTS if name in args.parts]
     while parts:
-        start, shares = time.monotonic(), sum(share for _, share in parts.values())
-        name = next(iter(parts))
-        measure, share = parts.pop(name)
-        check.deadline = start + max(0.0, end - start) * share / shares
+        shares = sum(PARTS[name][1] for name in parts)
+        name = parts.pop(0)
+        measure, share = PARTS[name]
+        start = time.monotonic()
+        check.deadline = start + (end - start) * share / shares
         try:
             tables = measure(check)
         except Exception as error:  # what is measured already is kept, and the rest may run
             tables = {"failed": [{"note": f"{type(error).__name__}: {error}"}]}
-        report["parts"][name] = {"seconds": time.monotonic() - start, "tables": tables}
-        report["runs"] = [{"script": script} | run for (script, _), run in check.runs.items()]
+        report["parts"][name] = {
+            "seconds": time.monotonic() - start,
+            "tables": tables,
+        }
+        report["runs"] = list(check.runs.values())
         save(report, args.output_dir)
     shutil.rmtree(check.folder, ignore_errors=True)
     print(f"{markdown(report)}\n{args.output_dir / 'gpu_check.md'}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends what is running, too
     try:
         main(parse_args())
     except ValueError as error:

@@ -1,8 +1,7 @@
 """A run of one of the training scripts beside this file, measured from outside: the seconds and the memory of its steps, beside
 what the script itself estimated, and with --profile_steps where the time of a step goes.
 
-    accelerate launch examples/measured_run.py --measured_file run.json examples/train_acpo_lora_sd.py \
-        --max_train_steps 31 --report_to none
+    accelerate launch examples/measured_run.py --measured_file run.json examples/train_acpo_lora_sd.py ...
 
 What follows the script's name are its own flags. Nothing in the script is changed: its functions are wrapped here. A step is
 timed from its `training_step` to the next one's, so with its data, optimizer and log. The last step is not timed. With
@@ -38,8 +37,14 @@ FAMILIES = ("stable_diffusion", "sdxl", "sd3", "flux", "z_image")
 OTHER = "the rest of training_step"
 # To Python, and so to the host: the GPU has then done all that it was given.
 READS = {
-    getattr(torch.Tensor, name): name.strip("_")
-    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")
+    torch.Tensor.item: "item",
+    torch.Tensor.tolist: "tolist",
+    torch.Tensor.cpu: "cpu",
+    torch.Tensor.numpy: "numpy",
+    torch.Tensor.__float__: "float",
+    torch.Tensor.__int__: "int",
+    torch.Tensor.__bool__: "bool",
+    torch.Tensor.__index__: "index",
 }
 MOVES = {
     torch.Tensor.to: "to",
@@ -76,7 +81,10 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.running, self.label, self.marks = device, False, OTHER, []
+        self.device = device
+        self.running = False
+        self.label = OTHER
+        self.marks = []
 
     def mark(self, label: str) -> None:
         """From now on it is the turn of `label`."""
@@ -110,18 +118,30 @@ class Stopwatch:
         return run
 
     def backward_of(self, label: str, out):
+        """`out`, or the first of several, so that its backward pass is a part."""
         if isinstance(out, tuple):
-            return (self.backward_of(label, out[0]), *out[1:])
-        if self.running and isinstance(out, torch.Tensor) and out.requires_grad:
-            return _Mark.apply(out, partial(self.mark, f"{label}, backward"))
-        return out
+            first, *others = out
+            return (self.backward_of(label, first), *others)
+        if not (self.running and isinstance(out, torch.Tensor) and out.requires_grad):
+            return out
+        begin = partial(self.mark, f"{label}, backward")
+        return _Mark.apply(out, begin)
 
     def milliseconds(self, num_steps: int) -> dict[str, float]:
         """{label: of one step}, largest first."""
         total = Counter()
-        for (label, start), (_, end) in zip(self.marks, self.marks[1:]):
-            total[label] += start.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - start)
-        return {label: amount / num_steps for label, amount in total.most_common()}
+        for this, following in zip(self.marks, self.marks[1:]):
+            label, start = this
+            _, end = following
+            if self.device.type == "cuda":
+                total[label] += start.elapsed_time(end)
+            else:
+                total[label] += 1e3 * (end - start)
+        return per_step(total, num_steps)
+
+
+def per_step(total: Counter, num_steps: int) -> dict[str, float]:
+    return {label: amount / num_steps for label, amount in total.most_common()}
 
 
 class Synchronisations(TorchFunctionMode):
@@ -132,14 +152,19 @@ class Synchronisations(TorchFunctionMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device, self.places = device, Counter()
+        self.device = device
+        self.places = Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in READS and args[0].device.type == self.device.type:
-            self.places[f"{place()} {READS[func]}"] += 1
-        elif func in MOVES and not (kwargs or {}).get("non_blocking"):
-            source = args[1] if func is torch.Tensor.copy_ else args[0]
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in READS:
+            if args[0].device.type == self.device.type:
+                self.places[f"{place()} {READS[func]}"] += 1
+        elif func in MOVES and not kwargs.get("non_blocking"):
+            source = args[0]
+            if func is torch.Tensor.copy_:
+                source = args[1]
             if source.device.type != out.device.type:
                 self.places[f"{place()} {MOVES[func]}"] += 1
         return out
@@ -147,10 +172,15 @@ class Synchronisations(TorchFunctionMode):
 
 def place() -> str:
     """file:function of the innermost frame of this repository."""
-    for frame in reversed(traceback.extract_stack(limit=60)):
+    own = Path(__file__).resolve()
+    frames = traceback.extract_stack(limit=60)
+    for frame in reversed(frames):
         file = Path(frame.filename)
-        if file.is_relative_to(REPOSITORY) and file != Path(__file__).resolve():
-            return f"{file.relative_to(REPOSITORY)}:{frame.name}"
+        if file == own:
+            continue
+        if file.is_relative_to(REPOSITORY):
+            name = file.relative_to(REPOSITORY)
+            return f"{name}:{frame.name}"
     return "elsewhere"
 
 
@@ -158,34 +188,43 @@ class Recorder:
     """What is known of the run so far, and what is to be done at the beginning of its next step."""
 
     def __init__(self, num_steps: int, profile_steps: int):
-        self.num_steps, self.profile_steps = num_steps, profile_steps
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.num_steps = num_steps
+        self.profile_steps = profile_steps
+        self.last_timed = num_steps - 1 - 3 * profile_steps
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.on_gpu else "cpu")
         self.stopwatch = Stopwatch(self.device)
         self.synchronisations = Synchronisations(self.device)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
+        activities = [ProfilerActivity.CPU]
+        if self.on_gpu:
+            activities.append(ProfilerActivity.CUDA)
         self.profiler = profile(activities=activities)
+        self.phases = [self._stopwatch_runs(), self.synchronisations, self.profiler]
+        self.phase = ExitStack()
         self.estimating = False
-        self.starts, self.logs, self.loss_scales, self.estimate = [], [], [], {}
-        self.peak = self.reserved = None
-        self.phases = ExitStack()
+        self.estimate = {}
+        self.starts = []
+        self.logs = []
+        self.loss_scales = []
+        self.peak = None
+        self.reserved = None
 
     def begin_step(self) -> None:
-        step, first = len(self.starts), self.num_steps - 1 - 3 * self.profile_steps
-        if self.profile_steps and (step - first) % self.profile_steps == 0:
-            self.phases.close()
-        if self.device.type == "cuda":
+        step = len(self.starts)
+        beyond = step - self.last_timed
+        next_phase = self.profile_steps and beyond >= 0 and beyond % self.profile_steps == 0
+        if next_phase:
+            self.phase.close()
+        if self.on_gpu:
             torch.cuda.synchronize()
         self.starts.append(time.perf_counter())
-        if self.device.type == "cuda" and step == 0:
+        if self.on_gpu and step == 0:
             torch.cuda.reset_peak_memory_stats()
-        elif self.device.type == "cuda" and step <= first:
-            self.peak, self.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        phases = [self._stopwatch_runs, self.synchronisations, self.profiler]
-        if self.profile_steps and step >= first and (step - first) % self.profile_steps == 0:
-            number = (step - first) // self.profile_steps
-            if number < len(phases):
-                phase = phases[number]
-                self.phases.enter_context(phase() if number == 0 else phase)
+        elif self.on_gpu and beyond <= 0:
+            self.peak = torch.cuda.max_memory_allocated()
+            self.reserved = torch.cuda.max_memory_reserved()
+        if next_phase and self.phases:
+            self.phase.enter_context(self.phases.pop(0))
         self.stopwatch.mark(OTHER)
 
     @contextmanager
@@ -198,7 +237,7 @@ class Recorder:
             self.stopwatch.running = False
 
     def results(self) -> dict:
-        timed = self.starts[: self.num_steps - 3 * self.profile_steps]
+        timed = self.starts[: self.last_timed + 1]
         found = {
             "seconds": [end - start for start, end in zip(timed, timed[1:])],
             "peak_bytes": self.peak,
@@ -209,35 +248,36 @@ class Recorder:
         }
         if self.profile_steps:
             found["parts_ms"] = self.stopwatch.milliseconds(self.profile_steps)
-            places = self.synchronisations.places.most_common()
-            found["synchronisations"] = {where: number / self.profile_steps for where, number in places}
-            found |= profiled(self.profiler, self.profile_steps, self.device)
-            found["profiled_seconds"] = self.starts[-1] - self.starts[-1 - self.profile_steps]
+            found["synchronisations"] = per_step(self.synchronisations.places, self.profile_steps)
+            found |= profiled(self.profiler, self.profile_steps, self.on_gpu)
         return found
 
 
-def profiled(profiler, num_steps: int, device: torch.device) -> dict:
+def profiled(profiler, num_steps: int, on_gpu: bool) -> dict:
     """Of one step: the operations that take longest, how long kernels ran, how often the host called what may wait."""
-    events = [event for event in profiler.key_averages() if not event.is_user_annotation]
-    on_gpu = device.type == "cuda"
-
-    def milliseconds(event) -> float:
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        return spent / 1e3 / num_steps
-
-    kernels = [event for event in events if (event.device_type != torch.autograd.DeviceType.CPU) == on_gpu]
-    longest = sorted(kernels, key=milliseconds, reverse=True)[:15]
+    kernels = Counter()
+    calls = Counter()
+    for event in profiler.key_averages():
+        if event.is_user_annotation:
+            continue
+        calls[event.key] += event.count
+        on_host = event.device_type == torch.autograd.DeviceType.CPU
+        if on_gpu and not on_host:
+            kernels[event.key] += event.self_device_time_total
+        elif not on_gpu:
+            kernels[event.key] += event.self_cpu_time_total
+    operations = []
+    for name, microseconds in kernels.most_common(15):
+        row = {
+            "operation": name[:90],
+            "calls": calls[name] / num_steps,
+            "ms": microseconds / 1e3 / num_steps,
+        }
+        operations.append(row)
     return {
-        "operations": [
-            {
-                "operation": event.key[:90],
-                "calls": event.count / num_steps,
-                "ms": milliseconds(event),
-            }
-            for event in longest
-        ],
-        "busy_ms": sum(map(milliseconds, kernels)),
-        "api_calls": {event.key: event.count / num_steps for event in events if event.key in API_CALLS},
+        "operations": operations,
+        "busy_ms": kernels.total() / 1e3 / num_steps,
+        "api_calls": {name: calls[name] / num_steps for name in API_CALLS if calls[name]},
     }
 
 
@@ -282,14 +322,18 @@ def wrappers(script, recorder: Recorder):
         recorder.logs.append(_original(*args))
         return recorder.logs[-1]
 
-    family = next(getattr(script, name) for name in FAMILIES if hasattr(script, name))
+    (name,) = (name for name in FAMILIES if hasattr(script, name))
+    family = getattr(script, name)
 
     def predict(*args, _original=family.predict, **kwargs):
         """The student's pass, unless it is without gradient: inside of base_prediction, or in a rollout."""
-        if torch.is_grad_enabled():
-            return watch.wrapped("U-Net, student", _original)(*args, **kwargs)
-        base = watch.label == "U-Net, base"
-        return watch.wrapped(watch.label if base else "U-Net, rollout", _original)(*args, **kwargs)
+        label = "U-Net, student"
+        if not torch.is_grad_enabled():
+            label = "U-Net, rollout"
+        if watch.label == "U-Net, base":
+            label = watch.label
+        run = watch.wrapped(label, _original)
+        return run(*args, **kwargs)
 
     return [
         (script, "training_step", training_step),
@@ -299,13 +343,23 @@ def wrappers(script, recorder: Recorder):
         (RunState, "clip_grad_norm", clip_grad_norm),
         (script, "mean_terms", mean_terms),
         (family, "predict", predict),
-        (family, "encode_prompts", watch.wrapped("captions", family.encode_prompts)),
-        (script, "encode_images", watch.wrapped("encode", script.encode_images)),
-        (script, "base_prediction", watch.wrapped("U-Net, base", script.base_prediction)),
-        (late_step, "decode_latents", watch.wrapped("decode", late_step.decode_latents)),
-        (script, "guide_score", watch.wrapped("guide", script.guide_score)),
-        (randomness, "randn_tensor", watch.wrapped("noise, drawn on the CPU", randomness.randn_tensor)),
+        *plain_parts(script, family, watch),
     ]
+
+
+def plain_parts(script, family, watch: Stopwatch):
+    """The functions that are each a part as they are."""
+    parts = (
+        ("captions", family, "encode_prompts"),
+        ("encode", script, "encode_images"),
+        ("U-Net, base", script, "base_prediction"),
+        ("decode", late_step, "decode_latents"),
+        ("guide", script, "guide_score"),
+        ("noise, drawn on the CPU", randomness, "randn_tensor"),
+    )
+    for label, target, name in parts:
+        original = getattr(target, name)
+        yield target, name, watch.wrapped(label, original)
 
 
 def measure(script, script_args, profile_steps: int) -> dict:
@@ -314,7 +368,7 @@ def measure(script, script_args, profile_steps: int) -> dict:
     with ExitStack() as stack:
         for target, name, wrapper in wrappers(script, recorder):
             stack.enter_context(patch.object(target, name, wrapper))
-        stack.enter_context(recorder.phases)
+        stack.enter_context(recorder.phase)
         script.main(script_args)
     return recorder.results()
 

@@ -59,6 +59,7 @@ def test_steps_where_their_time_goes_and_precisions(monkeypatch, tmp_path):
     assert bf16["of bf16"] == 1 and bf16["losses, all finite"] == "yes" and "needs a GPU" in fp16["note"]
 
 
+@pytest.mark.slow
 def test_large_models_and_what_their_parts_are_called(monkeypatch, tmp_path):
     tables = rehearse(monkeypatch, tmp_path, "large")
     (first, rows), *_ = tables.items()
