@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -191,7 +192,7 @@ class Recorder:
         self.num_steps = num_steps
         self.profile_steps = profile_steps
         self.last_timed = num_steps - 1 - 3 * profile_steps
-        self.on_gpu = torch.cuda.is_available()
+        self.on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
         self.device = torch.device("cuda" if self.on_gpu else "cpu")
         self.stopwatch = Stopwatch(self.device)
         self.synchronisations = Synchronisations(self.device)
