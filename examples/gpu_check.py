@@ -558,8 +558,9 @@ def main(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("expected a CUDA device, found none: --size tiny --device cpu rehearses without one")
     check = Check(args)
+    flags = f"--parts {' '.join(args.parts)} --seconds {args.seconds:g} --size {args.size} --device {args.device}"
     report = {
-        "command": f"python examples/gpu_check.py --parts {' '.join(args.parts)} --seconds {args.seconds:g}",
+        "command": f"python examples/gpu_check.py {flags}",
         "hardware": hardware(args.device),
         "size": args.size,
         "parts": {},
