@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from acpo_utils.randomness import batch_rand, own_rows
+from acpo_utils.randomness import batch_rand, move_drawn, own_rows
 
 
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")  # those of diffusers' scripts
@@ -148,7 +148,7 @@ def sample_sigmas(
         generator=generator,
     )[rows]
     indices = (density * len(grid)).long().clamp(max=len(grid) - 1).cpu()
-    return grid[indices].to(device)
+    return move_drawn(grid[indices], device)
 
 
 def flow_loss(

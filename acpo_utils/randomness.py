@@ -52,21 +52,30 @@ def shared_generator(seed: int, step: int, micro_step: int, accelerator) -> Shar
 def batch_randn(shape: tuple[int, ...], generator: torch.Generator | None, device, dtype) -> torch.Tensor:
     """`shape` (B, ...) normal numbers: this process's rows of those of the whole batch."""
     rows, num_processes = own_rows(shape[0], generator)
-    return randn_tensor((shape[0] * num_processes, *shape[1:]), generator, torch.device(device), dtype)[rows]
+    drawn_on = generator.device if generator is not None else torch.device(device)
+    return move_drawn(randn_tensor((shape[0] * num_processes, *shape[1:]), generator, drawn_on, dtype)[rows], device)
 
 
 def batch_randint(high: int, batch_size: int, generator: torch.Generator | None, device) -> torch.Tensor:
     """(B,) integers, uniform in 0 <= n < high: this process's rows of those of the whole batch."""
     rows, num_processes = own_rows(batch_size, generator)
     drawn_on = generator.device if generator is not None else device
-    return torch.randint(high, (batch_size * num_processes,), generator=generator, device=drawn_on)[rows].to(device)
+    drawn = torch.randint(high, (batch_size * num_processes,), generator=generator, device=drawn_on)
+    return move_drawn(drawn[rows], device)
 
 
 def batch_rand(batch_size: int, generator: torch.Generator | None, device) -> torch.Tensor:
     """(B,) numbers in fp32, uniform in 0 <= u < 1: this process's rows of those of the whole batch."""
     rows, num_processes = own_rows(batch_size, generator)
     drawn_on = generator.device if generator is not None else device
-    return torch.rand(batch_size * num_processes, generator=generator, device=drawn_on)[rows].to(device)
+    return move_drawn(torch.rand(batch_size * num_processes, generator=generator, device=drawn_on)[rows], device)
+
+
+def move_drawn(drawn: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`drawn` on `device`. An ordinary copy to a GPU would hold the host until the GPU has done all that it was given."""
+    if drawn.device.type == "cpu" and torch.device(device).type == "cuda":
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn.to(device)
 
 
 def own_rows(batch_size: int, generator: torch.Generator | None) -> tuple[slice, int]:

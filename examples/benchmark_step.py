@@ -2,7 +2,8 @@
 and DDPO, on the same U-Net, VAE, guide, batch and dtype.
 
     python examples/benchmark_step.py                        # FLOP at SD-1.4's size, CPU time of half of SD-1.4
-    python examples/benchmark_step.py --measure cuda         # time and memory at SD-1.4's size, on a GPU
+    python examples/benchmark_step.py --measure cuda         # the GPU check: gpu_check.py with its defaults
+    python examples/benchmark_step.py --measure cuda_steps   # time and memory of these steps at SD-1.4's size, on a GPU
 
 FLOP are counted on the meta device, by torch's FlopCounterMode, with random weights that nothing depends on. ACPO's steps
 are `training_step` of train_acpo_lora_sd.py beside it; the peers' are our own small re-implementations of the published
@@ -348,8 +349,8 @@ def ddpo_step(world):
         loss.backward()
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_acpo_lora_sd", SCRIPT)
+def load_script(path=SCRIPT):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
@@ -510,7 +511,7 @@ def measure_cuda(script, repetitions):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    choices = ["flop", "cpu", "cuda"]
+    choices = ["flop", "cpu", "cuda", "cuda_steps"]
     add("--measure", nargs="+", choices=choices, default=choices[:2])
     add("--repetitions", type=int, default=5)
     add("--cpu_batch_size", type=int, default=4, help="as --train_batch_size of the script")
@@ -523,21 +524,25 @@ def parse_args(input_args=None):
 
 
 def main(args):
-    if "cuda" in args.measure and not torch.cuda.is_available():
-        raise ValueError("--measure cuda: expected a CUDA device, found none")
+    on_gpu = [name for name in args.measure if name.startswith("cuda")]
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"--measure {on_gpu[0]}: expected a CUDA device, found none")
+    if "cuda" in args.measure:  # first, while this process has nothing on the GPU
+        gpu_check = load_script(SCRIPT.with_name("gpu_check.py"))
+        gpu_check.main(gpu_check.parse_args([]))
     torch.manual_seed(0)
     script = load_script()
     results = {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if "cuda" in args.measure else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
     if "flop" in args.measure:
         results["flop"] = measure_flop(script)
     if "cpu" in args.measure:
         results["cpu"] = measure_cpu(script, args.cpu_batch_size, args.repetitions)
-    if "cuda" in args.measure:
-        results["cuda"] = measure_cuda(script, args.repetitions)
-    for name in ("flop", "cpu", "cuda"):
+    if "cuda_steps" in args.measure:
+        results["cuda_steps"] = measure_cuda(script, args.repetitions)
+    for name in ("flop", "cpu", "cuda_steps"):
         if name in results:
             print(f"\n{table(results[name])}")
     if args.output_file:

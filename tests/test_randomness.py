@@ -41,6 +41,15 @@ def test_one_process_draws_what_its_generator_does():
     ).shape == (3,)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gets_the_numbers_of_the_cpu():
+    for draw_on in (
+        lambda device: batch_randn((4, 2, 5), shared_generator(3, 7, 0, process(1, 2)), device, torch.bfloat16),
+        lambda device: batch_randint(100, 4, shared_generator(3, 7, 0, process(1, 2)), device),
+    ):
+        assert torch.equal(draw_on("cuda").cpu(), draw_on("cpu"))
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_samples_put_together_are_those_of_one_process(accumulation):
     shares = [list(process_batches(2, 5, 4, process(rank, 2, accumulation))) for rank in range(2)]

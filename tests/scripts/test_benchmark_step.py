@@ -75,4 +75,5 @@ def test_mistakes_are_one_line():
     assert "--repetitions: expected at least 1, found 0" in refused(benchmark, "--repetitions", 0)
     assert script.parse_args([]).measure == ["flop", "cpu"]
     if not torch.cuda.is_available():
-        assert "expected a CUDA device, found none" in refused(benchmark, "--measure", "cuda")
+        for name in ("cuda", "cuda_steps"):
+            assert f"--measure {name}: expected a CUDA device, found none" in refused(benchmark, "--measure", name)
