@@ -24,7 +24,7 @@ LORA_USAGE = """
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{base_model}"{arguments})
+pipeline = {loading}
 pipeline.load_lora_weights("{folder}")
 image = pipeline("a prompt").images[0]
 ```
@@ -76,8 +76,9 @@ def save_model_card(
     if dataset is not None:
         sections[0] += f"  \nTraining data: {dataset}"
     if (output_dir / LORA_NAME).is_file():
-        folder, arguments = output_dir.resolve().name, f", {base_arguments}" if base_arguments else ""
-        sections.append(LORA_USAGE.format(base_model=base_model, folder=folder, arguments=arguments).strip())
+        arguments = f'"{base_model}", {base_arguments}' if base_arguments else f'"{base_model}"'
+        loading = f"DiffusionPipeline.from_pretrained({arguments})"
+        sections.append(LORA_USAGE.format(loading=loading, folder=output_dir.resolve().name).strip())
     if usage:
         sections.append(f"## How to use\n\n```python\n{usage.strip()}\n```")
     if metrics or image_files:
