@@ -145,7 +145,8 @@ def save_pipeline(models: dict, prompts: list[str], output_dir: Path, seed: int)
 
     halves = {}
     for name in ("transformer", "vae"):
-        halves[name] = type(models[name]).from_config(models[name].config)
+        config = {key: value for key, value in models[name].config.items() if key != "_name_or_path"}
+        halves[name] = type(models[name]).from_config(config)
     for name in ("text_encoder", "text_encoder_2"):
         halves[name] = CLIPTextModelWithProjection(models[name].config)
     for name, half in halves.items():
