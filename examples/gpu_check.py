@@ -32,7 +32,7 @@ import torch
 from scipy import stats
 
 from acpo_utils import check_min_version
-from acpo_utils.files import atomic_write
+from acpo_utils.files import aligned_table, atomic_write
 from acpo_utils.randomness import SharedGenerator, batch_randn
 
 
@@ -501,20 +501,16 @@ def text(value) -> str:
         return ""
     if isinstance(value, float):
         return format(value, ".3g")
-    return str(value).replace("|", "\\|")
+    return str(value)
 
 
-def line(cells) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def table(rows: list[dict]) -> list[str]:
+def table(rows: list[dict]) -> str:
     """Markdown; a row need not have every column."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [line(names), line("---" for _ in names)]
+    cells = [names]
     for row in rows:
-        lines.append(line(text(row.get(name)) for name in names))
-    return lines
+        cells.append([text(row.get(name)) for name in names])
+    return aligned_table(cells, text_columns=len(names))
 
 
 def markdown(report: dict) -> str:
@@ -527,8 +523,7 @@ def markdown(report: dict) -> str:
         lines += [f"## {part} ({found['seconds']:.0f} s)", ""]
         for title, rows in found["tables"].items():
             lines += [f"### {title}", ""]
-            lines += table(rows)
-            lines.append("")
+            lines += [table(rows), ""]
     return "\n".join(lines)
 
 

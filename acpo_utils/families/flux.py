@@ -36,9 +36,10 @@ def load(
 ):
     """(noise_scheduler, tokenizers, text_encoders, vae, transformer) of a hub id or a folder; frozen, on `device`.
 
-    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`, the transformer quantised if a file says how. The two tokenizers are a list, the two text
-    encoders a ModuleList. `max_sequence_length` is T5's, in tokens. Every part is loaded from safetensors, and strictly.
-    Raises ValueError, in one line, for what is no FLUX.1 pipeline, or not all of one.
+    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`, the transformer quantised if a file
+    says how. The two tokenizers are a list, the two text encoders a ModuleList. `max_sequence_length` is T5's, in
+    tokens. Every part is loaded from safetensors, and strictly. Raises ValueError, in one line, for what is no FLUX.1
+    pipeline, or not all of one.
     """
     refuse_single_file(FluxPipeline, str(pretrained_model_name_or_path))
     dtypes = {name: weight_dtype for name in PARTS if not name.startswith("tokenizer")}

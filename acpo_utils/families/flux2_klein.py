@@ -42,9 +42,10 @@ def load(
     """(noise_scheduler, tokenizers, text_encoders, vae, transformer, is_distilled) of a hub id or a folder; frozen, on
     `device`.
 
-    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`, the transformer quantised if a file says how. `tokenizers` is a list of one
-    `ChatTokenizer`, `text_encoders` a ModuleList of one. `max_sequence_length` is a caption's, in tokens. Every part is loaded
-    from safetensors, and strictly. Raises ValueError, in one line, for what is no FLUX.2-klein pipeline, or not all of one.
+    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`, the transformer quantised if a file
+    says how. `tokenizers` is a list of one `ChatTokenizer`, `text_encoders` a ModuleList of one. `max_sequence_length`
+    is a caption's, in tokens. Every part is loaded from safetensors, and strictly. Raises ValueError, in one line, for
+    what is no FLUX.2-klein pipeline, or not all of one.
     """
     refuse_single_file(Flux2KleinPipeline, str(pretrained_model_name_or_path))
     parts, scheduler_config = load_pipeline_parts(

@@ -131,9 +131,8 @@ def _load_part(
             variant=variant,
             **keywords,
         )
-    except (
-        NotImplementedError
-    ) as error:  # diffusers moves a quantised model, to the GPU, before it says what is missing
+    # diffusers moves a quantised model, to the GPU, before it says what is missing.
+    except NotImplementedError as error:
         where = Path(source, name)
         raise ValueError(f"the weights in {where} do not fit its config.json: some are missing.") from error
 

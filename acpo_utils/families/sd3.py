@@ -49,10 +49,11 @@ def load(
 ):
     """(noise_scheduler, tokenizers, text_encoders, vae, transformer) of a hub id or a folder; frozen, on `device`.
 
-    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`, the transformer quantised if a file says how. Three tokenizers are a list, three text
-    encoders a ModuleList; of a pipeline without T5 there are two tokenizers, and `NoT5` is the third encoder.
-    `max_sequence_length` is T5's, in tokens. Every part is loaded from safetensors, and strictly. Raises ValueError, in one
-    line, for what is no Stable Diffusion 3 pipeline, or not all of one.
+    The VAE is in fp32, since its decode is scored, the others in `weight_dtype`, the transformer quantised if a file
+    says how. Three tokenizers are a list, three text encoders a ModuleList; of a pipeline without T5 there are two
+    tokenizers, and `NoT5` is the third encoder. `max_sequence_length` is T5's, in tokens. Every part is loaded from
+    safetensors, and strictly. Raises ValueError, in one line, for what is no Stable Diffusion 3 pipeline, or not all
+    of one.
     """
     source = str(pretrained_model_name_or_path)
     refuse_single_file(StableDiffusion3Pipeline, source)

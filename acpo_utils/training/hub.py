@@ -55,9 +55,8 @@ def save_model_card(
 
     `base_model` is None for what was trained from scratch. `image_files` are names of pictures in `output_dir`,
     `metrics` is a Markdown table, `usage` a Python snippet (of a LoRA that diffusers loads it is known; `base_arguments` are
-    what its base model is loaded with, such as "text_encoder_3=None"). Hub ids of
-    the base model and the data set go into the card's metadata; local paths stay in its text, since the hub would
-    refuse them there.
+    what its base model is loaded with, such as "text_encoder_3=None"). Hub ids of the base model and the data set go into
+    the card's metadata; local paths stay in its text, since the hub would refuse them there.
     The text is given whole: the template of diffusers' `load_or_create_model_card` leaves "TODO" sections in it, and
     a card that the repository already has on the hub would be kept in place of this run's.
     """

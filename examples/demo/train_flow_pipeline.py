@@ -16,7 +16,7 @@ StableDiffusion3Pipeline folder in fp16, with a sheet of samples beside it.
 
 import argparse
 import json
-import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ from train_pipeline import (
     draw_captions,
     encode_images,
     parameter_groups,
+    save_in_half,
     tokenize_captions,
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -132,7 +133,8 @@ def encode_captions(text_encoders, input_ids: torch.Tensor, num_zeros: int) -> d
 
 def save_pipeline(models: dict, prompts: list[str], output_dir: Path, seed: int) -> None:
     """The models in an fp16 pipeline folder, and a sheet of samples for held-out prompts."""
-    pipeline = StableDiffusion3Pipeline(**models, text_encoder_3=None, tokenizer_3=None)
+    build_pipeline = partial(StableDiffusion3Pipeline, text_encoder_3=None, tokenizer_3=None)
+    pipeline = build_pipeline(**models)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         prompts,
@@ -142,25 +144,7 @@ def save_pipeline(models: dict, prompts: list[str], output_dir: Path, seed: int)
         max_sequence_length=ZEROS,
     ).images
     to_pil_image(make_grid([pil_to_tensor(image) for image in images], nrow=10, padding=0)).save(f"{output_dir}.png")
-
-    halves = {}
-    for name in ("transformer", "vae"):
-        config = {key: value for key, value in models[name].config.items() if key != "_name_or_path"}
-        halves[name] = type(models[name]).from_config(config)
-    for name in ("text_encoder", "text_encoder_2"):
-        halves[name] = CLIPTextModelWithProjection(models[name].config)
-    for name, half in halves.items():
-        half.load_state_dict(models[name].state_dict())
-        half.half()
-    temporary = output_dir.with_name(output_dir.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    StableDiffusion3Pipeline(**models | halves, text_encoder_3=None, tokenizer_3=None).save_pretrained(temporary)
-    # diffusers loads fp16 files as fp32; transformers loads what its config.json says, and the two would not fit.
-    for name in ("text_encoder", "text_encoder_2"):
-        config = temporary / name / "config.json"
-        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    shutil.rmtree(output_dir, ignore_errors=True)
-    temporary.rename(output_dir)
+    save_in_half(build_pipeline, models, output_dir)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -21,6 +21,8 @@ beside it. `--mixed_precision bf16` is 1.5 times as fast on a CPU with AVX-512 B
 
 import argparse
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +31,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from captions import ATTRIBUTES, TEMPLATE_WEIGHTS, TEMPLATES, caption
 from datasets import load_dataset
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -37,7 +46,7 @@ from timm.optim import Muon
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from acpo_utils.data import tokenize
 from acpo_utils.families.loading import DTYPE
@@ -187,30 +196,37 @@ def fit_head(text_encoder: CLIPTextModel, input_ids: torch.Tensor, latents: torc
 
 def save_pipeline(models: dict, prompts: list[str], output_dir: Path, seed: int) -> None:
     """The models in an fp16 pipeline folder, and a sheet of samples for held-out prompts."""
-    pipeline = StableDiffusionPipeline(
-        **models | {"scheduler": DDIMScheduler.from_config(models["scheduler"].config)},
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    build_pipeline = partial(
+        StableDiffusionPipeline, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
+    pipeline = build_pipeline(**models | {"scheduler": DDIMScheduler.from_config(models["scheduler"].config)})
     pipeline.set_progress_bar_config(disable=True)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     images = pipeline(prompts, num_inference_steps=20, guidance_scale=2.0, generator=generator).images
     to_pil_image(make_grid([pil_to_tensor(image) for image in images], nrow=10, padding=0)).save(f"{output_dir}.png")
+    save_in_half(build_pipeline, models, output_dir)
 
-    halves = {name: type(models[name]).from_config(models[name].config) for name in ("unet", "vae")}
-    halves["text_encoder"] = CLIPTextModel(models["text_encoder"].config)
+
+def save_in_half(build_pipeline: Callable[..., DiffusionPipeline], models: dict, output_dir: Path) -> None:
+    """The folder of a pipeline of `models`, by name, in fp16, in the place of one that is there; they stay as they are."""
+    halves = {}
+    text_encoders = [name for name, model in models.items() if isinstance(model, PreTrainedModel)]
+    for name, model in models.items():
+        if name in text_encoders:
+            halves[name] = type(model)(model.config)
+        elif isinstance(model, torch.nn.Module):
+            config = {key: value for key, value in model.config.items() if key != "_name_or_path"}
+            halves[name] = type(model).from_config(config)
     for name, half in halves.items():
         half.load_state_dict(models[name].state_dict())
         half.half()
     temporary = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    StableDiffusionPipeline(
-        **models | halves, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    ).save_pretrained(temporary)
+    build_pipeline(**models | halves).save_pretrained(temporary)
     # diffusers loads fp16 files as fp32; transformers loads what its config.json says, and the two would not fit.
-    config = temporary / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for name in text_encoders:
+        config = temporary / name / "config.json"
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     shutil.rmtree(output_dir, ignore_errors=True)
     temporary.rename(output_dir)
 
