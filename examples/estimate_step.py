@@ -408,11 +408,15 @@ def with_shares(rows):
     return shared
 
 
+def three_digits(number):
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
 def table(rows):
     """Markdown of `rows`, as it is printed."""
     lines = [[*rows[0]], ["---"] * len(rows[0])]
     for row in rows:
-        lines.append([format(value, ".3g" if isinstance(value, float) else "") for value in row.values()])
+        lines.append([value if isinstance(value, str) else three_digits(value) for value in row.values()])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
