@@ -515,7 +515,7 @@ def parse_args(input_args=None):
     either = parser.add_mutually_exclusive_group()
     choices = ["flop", "cpu", "cuda", "cuda_steps"]
     either.add_argument("--measure", nargs="+", choices=choices, default=choices[:2])
-    either.add_argument("--family", help="of larger models: sdxl, sd3, z-image, flux, flux2-klein")
+    either.add_argument("--family", help="a larger model in place of SD-1.4: sdxl, sd3, z-image, flux or flux2-klein")
     add("--repetitions", type=int, default=5)
     add("--cpu_batch_size", type=int, default=4, help="as --train_batch_size of the script")
     add("--output_file", type=Path, help="the numbers as json")
