@@ -4,6 +4,7 @@ and DDPO, on the same U-Net, VAE, guide, batch and dtype.
     python examples/benchmark_step.py                        # FLOP at SD-1.4's size, CPU time of half of SD-1.4
     python examples/benchmark_step.py --measure cuda         # the GPU check: gpu_check.py with its defaults
     python examples/benchmark_step.py --measure cuda_steps   # time and memory of these steps at SD-1.4's size, on a GPU
+    python examples/benchmark_step.py --family sdxl          # FLOP and memory at a larger model's size: estimate_step.py --peers
 
 FLOP are counted on the meta device, by torch's FlopCounterMode, with random weights that nothing depends on. ACPO's steps
 are `training_step` of train_acpo_lora_sd.py beside it; the peers' are our own small re-implementations of the published
@@ -511,8 +512,10 @@ def measure_cuda(script, repetitions):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    either = parser.add_mutually_exclusive_group()
     choices = ["flop", "cpu", "cuda", "cuda_steps"]
-    add("--measure", nargs="+", choices=choices, default=choices[:2])
+    either.add_argument("--measure", nargs="+", choices=choices, default=choices[:2])
+    either.add_argument("--family", help="a larger model in place of SD-1.4: sdxl, sd3, z-image, flux or flux2-klein")
     add("--repetitions", type=int, default=5)
     add("--cpu_batch_size", type=int, default=4, help="as --train_batch_size of the script")
     add("--output_file", type=Path, help="the numbers as json")
@@ -523,7 +526,18 @@ def parse_args(input_args=None):
     return args
 
 
+def estimate_family(args):
+    estimate_step = load_script(SCRIPT.with_name("estimate_step.py"))
+    words = ["--peers", "--family", args.family]
+    if args.output_file:
+        words += ["--output_file", str(args.output_file)]
+    estimate_step.main(estimate_step.parse_args(words))
+
+
 def main(args):
+    if args.family:
+        estimate_family(args)
+        return
     on_gpu = [name for name in args.measure if name.startswith("cuda")]
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--measure {on_gpu[0]}: expected a CUDA device, found none")

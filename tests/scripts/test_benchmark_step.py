@@ -65,6 +65,16 @@ def test_the_steps_run_and_train_the_lora():
     assert "| step | s |" in script.table([{"step": "a", "s": 0.5}])
 
 
+def test_a_family_is_estimated_beside_its_peers(tmp_path, monkeypatch):
+    seen = []
+    estimate_step = script.load_script(EXAMPLES / "estimate_step.py")
+    monkeypatch.setattr(estimate_step, "main", seen.append)
+    monkeypatch.setattr(script, "load_script", lambda path: estimate_step)
+    script.main(script.parse_args(["--family", "flux", "--output_file", str(tmp_path / "cost.json")]))
+    (args,) = seen
+    assert args.family == "flux" and args.peers and args.output_file == tmp_path / "cost.json"
+
+
 @pytest.mark.slow
 def test_the_whole_script_is_timed():
     assert script.script_seconds(script.World("half", "cpu", torch.float32, 1), script.load_script(), 1) > 0
@@ -74,6 +84,8 @@ def test_mistakes_are_one_line():
     benchmark = EXAMPLES / "benchmark_step.py"
     assert "--repetitions: expected at least 1, found 0" in refused(benchmark, "--repetitions", 0)
     assert script.parse_args([]).measure == ["flop", "cpu"]
+    assert "not allowed with argument" in refused(benchmark, "--family", "sdxl", "--measure", "cpu")
+    assert "argument --family: invalid choice: 'sdxs'" in refused(benchmark, "--family", "sdxs")
     if not torch.cuda.is_available():
         for name in ("cuda", "cuda_steps"):
             assert f"--measure {name}: expected a CUDA device, found none" in refused(benchmark, "--measure", name)
