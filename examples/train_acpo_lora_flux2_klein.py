@@ -29,9 +29,9 @@ from acpo_utils.evaluation.sampling import sample_images
 from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges, part_scores
 from acpo_utils.families import flux2_klein
 from acpo_utils.families.latents import (
+    build_decoder,
     check_sizes,
     compile_models,
-    decoder_in,
     encode_images,
     latent_factor,
     latents_shape,
@@ -227,11 +227,16 @@ def parse_args(input_args=None):
     add("--logit_std", type=float, default=1.0, help="of logit_normal")
     add("--mode_scale", type=float, default=1.29, help="of mode")
     add("--balance_steps", type=int, default=100, help="how often each loss's share of the gradient is measured")
-    add("--decode", choices=["full", "crop", "tiny"], default="full", help="a window, or a tiny VAE, costs less")
+    add(
+        "--decode",
+        choices=["full", "crop", "tiny", "straight_through"],
+        default="full",
+        help="a window, a tiny VAE, or exact images with a cheaper gradient",
+    )
     add("--decode_dtype", choices=["fp32", "bf16"], default="fp32", help="of the decode that is scored in training")
     add("--decode_batch_size", type=int, help="decode so many at a time, twice, to save memory; default: all")
     add("--decode_size", type=int, help="side of the window in pixels, with --decode crop")
-    add("--tiny_vae_name_or_path", help=f"with --decode tiny, such as {flux2_klein.SMALL_DECODER}")
+    add("--tiny_vae_name_or_path", help=f"with --decode tiny or straight_through, such as {flux2_klein.SMALL_DECODER}")
     # LoRA and optimizer
     add("--rank", type=int, help="default: 4")
     add("--lora_alpha", type=float, help="default: the rank")
@@ -318,11 +323,7 @@ def load_models(args, weight_dtype, device):
     flow_matching.check_late_window(schedule, args.tmax, args.num_inference_steps)
     reason = flux2_klein.distilled(args.pretrained_model_name_or_path, args.revision)
     warn_if_distilled(reason, args.diffusion_weight)
-    decoder = vae
-    if args.decode == "tiny":
-        decoder = flux2_klein.load_small_decoder(args.tiny_vae_name_or_path, vae)
-    if args.decode_dtype == "bf16":
-        decoder = decoder_in(torch.bfloat16, decoder)
+    decoder = build_decoder(vae, args, flux2_klein.load_small_decoder)
     build_pipeline = partial(
         flux2_klein.build_pipeline,
         vae=vae,
