@@ -302,8 +302,7 @@ def advice(rows, least_cosine):
 
 
 def load_pipeline(args):
-    """The base model, frozen; its VAE in fp32. Raises ValueError, in one line, for a pipeline that is none of latents, or not
-    all of one."""
+    """The base model, frozen; its VAE in fp32. Raises ValueError, in one line, for none of our families, or not all of one."""
     source = args.pretrained_model_name_or_path
     class_name = models.class_of(source, args.revision)
     if class_name in models.UNCONDITIONAL:

@@ -74,7 +74,7 @@ def load_pipeline(
     scheduler: str = "ddim",
     max_sequence_length: int | None = None,
 ) -> DiffusionPipeline:
-    """The pipeline of `source`, with the LoRA of the file or folder `lora` in it; its models in `weight_dtype`, without gradients.
+    """The pipeline of `source`, with the LoRA of the file or folder `lora` in it; in `weight_dtype` but for the VAE.
 
     Args:
         class_name: what `class_of` says of `source`.
