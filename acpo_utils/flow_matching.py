@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
+from acpo_utils.losses import keep_gradients
 from acpo_utils.randomness import batch_rand, move_drawn, own_rows
 
 
@@ -60,12 +61,8 @@ def denoise_late_steps(
     Raises:
         ValueError: if num_steps < 1 or backprop_steps is outside 1..num_steps.
     """
-    backprop_steps = num_steps if backprop_steps is None else backprop_steps
-    if num_steps < 1 or not 1 <= backprop_steps <= num_steps:
-        raise ValueError(f"expected 1 <= backprop_steps <= num_steps, got {backprop_steps} and {num_steps}")
     latents = noisy_latents.float()
-    for k in range(num_steps):
-        with_gradient = k >= num_steps - backprop_steps
+    for k, with_gradient in enumerate(keep_gradients(num_steps, backprop_steps)):
         if k > 0:
             with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
                 model_pred = predict(latents.to(noisy_latents.dtype), sigmas * ((num_steps - k) / num_steps))

@@ -11,7 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.checkpoint import checkpoint
 
-from acpo_utils.losses import NoiseScheduler
+from acpo_utils.losses import NoiseScheduler, keep_gradients
 from acpo_utils.randomness import batch_randint, batch_randn
 
 
@@ -80,13 +80,9 @@ def denoise_late_steps(
     Raises:
         ValueError: if num_steps < 1 or backprop_steps is outside 1..num_steps.
     """
-    backprop_steps = num_steps if backprop_steps is None else backprop_steps
-    if num_steps < 1 or not 1 <= backprop_steps <= num_steps:
-        raise ValueError(f"expected 1 <= backprop_steps <= num_steps, got {backprop_steps} and {num_steps}")
     latents = noisy_latents
-    for k in range(num_steps):
+    for k, with_gradient in enumerate(keep_gradients(num_steps, backprop_steps)):
         timestep = timesteps * (num_steps - k) // num_steps
-        with_gradient = k >= num_steps - backprop_steps
         if k > 0:
             with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
                 model_pred = predict(latents.to(noisy_latents.dtype), timestep)

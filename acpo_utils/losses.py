@@ -1,4 +1,4 @@
-"""The four losses of the ACPO paper (section 3.3, eqs. 6 to 9) as plain functions of tensors."""
+"""The four losses of the ACPO paper (section 3.3, eqs. 6 to 9), and which steps they train, as plain functions."""
 
 from typing import TypeAlias
 
@@ -74,6 +74,17 @@ def quality_loss(scores: torch.Tensor) -> torch.Tensor:
         scores: (B,) the frozen evaluator's scores, in (0, 1), higher is better, with graph back to the images.
     """
     return (1 - scores.float()).mean()
+
+
+def keep_gradients(num_steps: int, backprop_steps: int | None = None) -> list[bool]:
+    """Which of the `num_steps` predictions on the way to x_hat (ACPO eq. 5) L_quality trains: the last `backprop_steps`.
+
+    None: all of them. Raises ValueError if num_steps < 1 or backprop_steps is outside 1..num_steps.
+    """
+    backprop_steps = num_steps if backprop_steps is None else backprop_steps
+    if num_steps < 1 or not 1 <= backprop_steps <= num_steps:
+        raise ValueError(f"expected 1 <= backprop_steps <= num_steps, got {backprop_steps} and {num_steps}")
+    return [step >= num_steps - backprop_steps for step in range(num_steps)]
 
 
 def acpo_objective(

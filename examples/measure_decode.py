@@ -21,17 +21,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
 from acpo_utils import data, flow_matching
+from acpo_utils.evaluation import models
 from acpo_utils.evaluators import guide_score, load_guide
-from acpo_utils.families import (
-    flux,
-    sd3,
-    sdxl,
-    stable_diffusion,
-)
 from acpo_utils.families.latents import (
     StraightThrough,
     check_sizes,
@@ -40,8 +35,8 @@ from acpo_utils.families.latents import (
     latent_factor,
     load_tiny_vae,
 )
-from acpo_utils.families.loading import DTYPE, denoiser, latent_scheduler
-from acpo_utils.files import aligned_table, atomic_write, one_line
+from acpo_utils.families.loading import denoiser
+from acpo_utils.files import aligned_table, atomic_write
 from acpo_utils.late_step import decode_latents, predict_original_sample, sample_late_timesteps
 from acpo_utils.randomness import step_generator
 from acpo_utils.sharding import WEIGHT_DTYPES
@@ -49,12 +44,6 @@ from acpo_utils.training.arguments import check_numbers
 from acpo_utils.training.step_cost import cost_of
 
 
-PREDICTORS = {
-    "StableDiffusionPipeline": stable_diffusion.predictor,
-    "StableDiffusionXLPipeline": sdxl.predictor,
-    "StableDiffusion3Pipeline": sd3.predictor,
-    "FluxPipeline": flux.predictor,
-}
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
 DEMO_SETTINGS = {
     "pretrained_model_name_or_path": str(DEMO_DIR / "pipeline"),
@@ -74,13 +63,17 @@ class Decode(NamedTuple):
     window: tuple[int, int, int] | None = None  # top, left and side, in latents, of what is decoded; None: all
 
 
+def family_of(pipeline):
+    return models.FAMILIES[type(pipeline).__name__]
+
+
 def late_latents(pipeline, batch, generator, args):
     """z_0_hat (B, C, h, w) of a batch of images, by the base model (eq. 5)."""
     model = denoiser(pipeline)
     latents = encode_images(batch, pipeline.vae, generator)  # (B, C, h, w)  x0
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)  # (B, C, h, w)  eps
     size = batch["pixel_values"].shape[-2:]
-    predict = partial(PREDICTORS[type(pipeline).__name__](pipeline, batch["prompts"], size), model)
+    predict = partial(family_of(pipeline).predictor(pipeline, batch["prompts"], size), model)
     if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
         sigmas = flow_matching.sample_late_sigmas(len(latents), args.tmax, generator, latents.device)
         noisy_latents = flow_matching.add_noise(latents, noise, sigmas)
@@ -102,8 +95,9 @@ def late_latents(pipeline, batch, generator, args):
     )
 
 
-def build_decoders(vae, args):
+def build_decoders(pipeline, args):
     """{label: (decoder, flags)} of those that decode all of z_0_hat; the full one is first."""
+    vae = pipeline.vae
     in_bf16 = decoder_in(torch.bfloat16, vae)
     decoders = {
         FULL: (vae, "--decode full"),
@@ -114,7 +108,8 @@ def build_decoders(vae, args):
         ),
     }
     if args.tiny_vae_name_or_path:
-        tiny_vae = load_tiny_vae(args.tiny_vae_name_or_path, vae)
+        load_tiny = getattr(family_of(pipeline), "load_small_decoder", load_tiny_vae)  # FLUX.2 has no AutoencoderTiny
+        tiny_vae = load_tiny(args.tiny_vae_name_or_path, vae)
         flags = f"--tiny_vae_name_or_path {args.tiny_vae_name_or_path}"
         decoders["tiny"] = (tiny_vae, f"--decode tiny {flags}")
         decoders["straight through, backward by the tiny VAE"] = (
@@ -306,35 +301,21 @@ def advice(rows, least_cosine):
     return "\n".join(lines)
 
 
-def load_pipeline(args, device):
-    """The base model, frozen; its VAE in fp32. Raises ValueError, in one line, for none of `PREDICTORS`, or not all of one."""
+def load_pipeline(args):
+    """The base model, frozen; its VAE in fp32. Raises ValueError, in one line, for none of our families, or not all of one."""
     source = args.pretrained_model_name_or_path
-    weight_dtype = WEIGHT_DTYPES.get(args.mixed_precision, torch.float32)
-    try:
-        name = DiffusionPipeline.load_config(source, revision=args.revision).get("_class_name")
-        if name not in PREDICTORS:
-            raise ValueError(f"it is a {name}, none of {', '.join(PREDICTORS)}")
-        unchecked = {"safety_checker": None} if name == "StableDiffusionPipeline" else {}
-        pipeline = DiffusionPipeline.from_pretrained(
-            source,
-            revision=args.revision,
-            variant=args.variant,
-            use_safetensors=True,
-            **{DTYPE: weight_dtype},
-            **unchecked,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path: expected a pipeline (hub id or folder), {source!r} could not be loaded: "
-            f"{one_line(error)[:400]}"
-        ) from error
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False)
-    pipeline.vae.float()
-    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-        pipeline.scheduler = latent_scheduler(pipeline.scheduler.config)
-    return pipeline.to(device)
+    class_name = models.class_of(source, args.revision)
+    if class_name in models.UNCONDITIONAL:
+        raise ValueError(f"{source}: it is a {class_name}, whose images are not decoded from latents")
+    return models.load_pipeline(
+        source,
+        class_name,
+        revision=args.revision,
+        variant=args.variant,
+        weight_dtype=WEIGHT_DTYPES.get(args.mixed_precision, torch.float32),
+        vae_dtype=torch.float32,
+        device=args.device,
+    )
 
 
 def parse_args(input_args=None):
@@ -402,7 +383,7 @@ def main(args):
     )
     dataset = data.check_images(dataset, args.image_column)
     evaluator = load_guide(args.evaluator, args.evaluator_weight, args.device)
-    pipeline = load_pipeline(args, args.device)
+    pipeline = load_pipeline(args)
     scheduler = pipeline.scheduler
     if args.tmax is None:
         args.tmax = 250 if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else 100
@@ -418,7 +399,7 @@ def main(args):
             args.resolution,
             size,
         )
-    decoders = build_decoders(pipeline.vae, args)
+    decoders = build_decoders(pipeline, args)
     rows = measure(
         pipeline,
         decoders,

@@ -47,7 +47,13 @@ from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run
-from acpo_utils.training.text_to_image import add_lora, check_flow_matching, check_text_to_image, load_data
+from acpo_utils.training.text_to_image import (
+    add_lora,
+    check_flow_matching,
+    check_text_to_image,
+    load_data,
+    warn_if_distilled,
+)
 
 
 check_min_version("0.2.0")
@@ -297,13 +303,8 @@ def load_models(args, weight_dtype, device):
     check_sizes(noise_scheduler, vae, transformer, args.tmax, args.resolution, args.decode_size)
     schedule = partial(flux.schedule, noise_scheduler, latents_shape(vae, 1, args.resolution))
     flow_matching.check_late_window(schedule, args.tmax, args.num_inference_steps)
-    reason = flux.distilled(args.pretrained_model_name_or_path, noise_scheduler)
-    if reason and args.diffusion_weight:
-        logger.warning(
-            f"This model seems to be distilled to few steps ({reason}), and L_diff would undo that. Its mode is "
-            "--diffusion_weight 0 --late_start rollout with its own --num_inference_steps and --guidance_scale, and a "
-            "--tmax above the last of these steps (docs/flow-matching.md)."
-        )
+    reason = flux.distilled(args.pretrained_model_name_or_path, args.revision, noise_scheduler)
+    warn_if_distilled(reason, args.diffusion_weight)
     decoder = build_decoder(vae, args)
     build_pipeline = partial(
         flux.build_pipeline,

@@ -29,9 +29,9 @@ from acpo_utils.evaluation.sampling import sample_images
 from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges, part_scores
 from acpo_utils.families import flux2_klein
 from acpo_utils.families.latents import (
+    build_decoder,
     check_sizes,
     compile_models,
-    decoder_in,
     encode_images,
     latent_factor,
     latents_shape,
@@ -47,7 +47,13 @@ from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run
-from acpo_utils.training.text_to_image import add_lora, check_flow_matching, check_text_to_image, load_data
+from acpo_utils.training.text_to_image import (
+    add_lora,
+    check_flow_matching,
+    check_text_to_image,
+    load_data,
+    warn_if_distilled,
+)
 
 
 check_min_version("0.2.0")
@@ -221,11 +227,16 @@ def parse_args(input_args=None):
     add("--logit_std", type=float, default=1.0, help="of logit_normal")
     add("--mode_scale", type=float, default=1.29, help="of mode")
     add("--balance_steps", type=int, default=100, help="how often each loss's share of the gradient is measured")
-    add("--decode", choices=["full", "crop", "tiny"], default="full", help="a window, or a tiny VAE, costs less")
+    add(
+        "--decode",
+        choices=["full", "crop", "tiny", "straight_through"],
+        default="full",
+        help="a window, a tiny VAE, or exact images with a cheaper gradient",
+    )
     add("--decode_dtype", choices=["fp32", "bf16"], default="fp32", help="of the decode that is scored in training")
     add("--decode_batch_size", type=int, help="decode so many at a time, twice, to save memory; default: all")
     add("--decode_size", type=int, help="side of the window in pixels, with --decode crop")
-    add("--tiny_vae_name_or_path", help=f"with --decode tiny, such as {flux2_klein.SMALL_DECODER}")
+    add("--tiny_vae_name_or_path", help=f"with --decode tiny or straight_through, such as {flux2_klein.SMALL_DECODER}")
     # LoRA and optimizer
     add("--rank", type=int, help="default: 4")
     add("--lora_alpha", type=float, help="default: the rank")
@@ -311,17 +322,8 @@ def load_models(args, weight_dtype, device):
     schedule = partial(flux2_klein.schedule, noise_scheduler, latents_shape(vae, 1, args.resolution))
     flow_matching.check_late_window(schedule, args.tmax, args.num_inference_steps)
     reason = flux2_klein.distilled(args.pretrained_model_name_or_path, args.revision)
-    if reason and args.diffusion_weight:
-        logger.warning(
-            f"This model seems to be distilled to few steps ({reason}), and L_diff would undo that. Its mode is "
-            "--diffusion_weight 0 --late_start rollout with its own --num_inference_steps and --guidance_scale, and a "
-            "--tmax above the last of these steps (docs/flow-matching.md)."
-        )
-    decoder = vae
-    if args.decode == "tiny":
-        decoder = flux2_klein.load_small_decoder(args.tiny_vae_name_or_path, vae)
-    if args.decode_dtype == "bf16":
-        decoder = decoder_in(torch.bfloat16, decoder)
+    warn_if_distilled(reason, args.diffusion_weight)
+    decoder = build_decoder(vae, args, flux2_klein.load_small_decoder)
     build_pipeline = partial(
         flux2_klein.build_pipeline,
         vae=vae,

@@ -43,7 +43,7 @@ from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run, use_all_cpus
-from acpo_utils.training.text_to_image import add_lora, check_text_to_image, load_data
+from acpo_utils.training.text_to_image import add_lora, check_text_to_image, load_data, warn_if_distilled
 
 
 check_min_version("0.2.0")
@@ -305,6 +305,13 @@ def load_models(args, weight_dtype, device):
         resolution=args.resolution,
         decode_size=args.decode_size,
     )
+    reason = stable_diffusion.distilled(
+        args.pretrained_model_name_or_path,
+        args.revision,
+        noise_scheduler,
+        unet,
+    )
+    warn_if_distilled(reason, args.diffusion_weight)
     decoder = build_decoder(vae, args)
     return noise_scheduler, tokenizer, text_encoder, vae, decoder, unet
 

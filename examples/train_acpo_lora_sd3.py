@@ -48,7 +48,13 @@ from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run, use_all_cpus
-from acpo_utils.training.text_to_image import add_lora, check_flow_matching, check_text_to_image, load_data
+from acpo_utils.training.text_to_image import (
+    add_lora,
+    check_flow_matching,
+    check_text_to_image,
+    load_data,
+    warn_if_distilled,
+)
 
 
 check_min_version("0.2.0")
@@ -318,12 +324,7 @@ def load_models(args, weight_dtype, device):
     schedule = partial(sd3.schedule, noise_scheduler, latents_shape(vae, 1, args.resolution))
     flow_matching.check_late_window(schedule, args.tmax, args.num_inference_steps)
     reason = sd3.distilled(args.pretrained_model_name_or_path, args.revision)
-    if reason and args.diffusion_weight:
-        logger.warning(
-            f"This model seems to be distilled to few steps ({reason}), and L_diff would undo that. Its mode is "
-            "--diffusion_weight 0 --late_start rollout with its own --num_inference_steps and --guidance_scale, and a "
-            "--tmax above the last of these steps (docs/flow-matching.md)."
-        )
+    warn_if_distilled(reason, args.diffusion_weight)
     decoder = build_decoder(vae, args)
     build_pipeline = partial(
         sd3.build_pipeline,

@@ -47,7 +47,7 @@ from acpo_utils.training.hub import push_to_hub, save_model_card, settings_of
 from acpo_utils.training.memory_estimate import log_estimate
 from acpo_utils.training.optimizer import build_optimizer
 from acpo_utils.training.run import log_images, mean_terms, progress_bar, start_run
-from acpo_utils.training.text_to_image import add_lora, check_text_to_image, load_data
+from acpo_utils.training.text_to_image import add_lora, check_text_to_image, load_data, warn_if_distilled
 
 
 check_min_version("0.2.0")
@@ -314,13 +314,8 @@ def load_models(args, weight_dtype, device):
         resolution=args.resolution,
         decode_size=args.decode_size,
     )
-    reason = sdxl.distilled(args.pretrained_model_name_or_path, noise_scheduler, unet)
-    if reason and args.diffusion_weight:
-        logger.warning(
-            f"This model seems to be distilled to few steps ({reason}), and L_diff would undo that. Its mode is "
-            "--diffusion_weight 0 --late_start rollout with its own --num_inference_steps and --guidance_scale, and a "
-            "--tmax above the last of these steps (docs/sdxl.md)."
-        )
+    reason = sdxl.distilled(args.pretrained_model_name_or_path, args.revision, noise_scheduler, unet)
+    warn_if_distilled(reason, args.diffusion_weight)
     decoder = build_decoder(vae, args)
     build_pipeline = partial(
         sdxl.build_pipeline,

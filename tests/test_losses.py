@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss, diffusion_target, quality_loss
+from acpo_utils.losses import (
+    acpo_objective,
+    anchor_loss,
+    diffusion_loss,
+    diffusion_target,
+    keep_gradients,
+    quality_loss,
+)
 from tests.tiny_models import tiny_scheduler
 
 
@@ -78,3 +85,11 @@ def test_objective_without_quality_and_anchor_is_the_plain_diffusion_loss():
     assert total.item() == 0.25 and set(terms) == {"loss", "loss_diffusion"}
     with pytest.raises(ValueError, match="nothing to optimise"):
         acpo_objective(None, None, None)
+
+
+def test_the_last_steps_keep_their_gradient():
+    assert keep_gradients(3) == [True, True, True] and keep_gradients(1, 1) == [True]
+    assert keep_gradients(3, 2) == [False, True, True]
+    for num_steps, backprop_steps in ((0, None), (2, 3), (2, 0)):
+        with pytest.raises(ValueError, match=f"<= num_steps, got .* and {num_steps}"):
+            keep_gradients(num_steps, backprop_steps)

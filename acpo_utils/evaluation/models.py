@@ -69,14 +69,16 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     weight_dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     scheduler: str = "ddim",
     max_sequence_length: int | None = None,
 ) -> DiffusionPipeline:
-    """The pipeline of `source`, with the LoRA of the file or folder `lora` in it, all of it in `weight_dtype`.
+    """The pipeline of `source`, with the LoRA of the file or folder `lora` in it; in `weight_dtype` but for the VAE.
 
     Args:
         class_name: what `class_of` says of `source`.
+        vae_dtype: of the VAE; None: `weight_dtype`, as people sample. The losses decode in fp32.
         scheduler: "ddim" or "dpm++", of models that predict noise. Flow-matching models have Euler steps of their own.
         max_sequence_length: tokens of a caption, of models with T5 or an LLM; None: the family's own.
     Raises ValueError, in one line, for what is no pipeline of the class, or not all of one, or no LoRA of it.
@@ -91,7 +93,7 @@ def load_pipeline(
                 source, revision=revision, variant=variant, weight_dtype=weight_dtype, device=device, **tokens
             )
             pipeline = family.build_pipeline(model, vae, text_encoders, tokenizers, noise_scheduler, *settings)
-            pipeline.vae.to(weight_dtype)  # as people sample; the losses decode in fp32
+            pipeline.vae.to(vae_dtype or weight_dtype)
             if class_name in PREDICT_NOISE:
                 pipeline.scheduler = SCHEDULERS[scheduler].from_config(noise_scheduler.config)
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from acpo_utils.families.loading import distilled_by_name, limit_tokenizer, load_pipeline_parts, refuse_single_file
+from acpo_utils.families.loading import distilled_by_words, limit_tokenizer, load_pipeline_parts, refuse_single_file
 
 
 TINY_VAE = "madebyollin/taef1"
@@ -143,11 +143,11 @@ def schedule(noise_scheduler, latents_shape: Sequence[int], num_inference_steps:
     return scheduler.sigmas
 
 
-def distilled(pretrained_model_name_or_path: str, noise_scheduler) -> str | None:
-    """What says that a model was distilled to few steps: its name, or a schedule that does not depend on the size, as
-    FLUX.1-schnell's; None if nothing does."""
-    if by_name := distilled_by_name(pretrained_model_name_or_path):
-        return by_name
+def distilled(pretrained_model_name_or_path: str, revision: str | None, noise_scheduler) -> str | None:
+    """What says that a model was distilled to few steps: its name, its card, or a schedule that does not depend on the size,
+    as FLUX.1-schnell's; None if nothing does."""
+    if by_words := distilled_by_words(pretrained_model_name_or_path, revision):
+        return by_words
     return None if noise_scheduler.config.use_dynamic_shifting else "its scheduler has no dynamic shift"
 
 

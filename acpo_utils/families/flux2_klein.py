@@ -11,8 +11,7 @@ from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from acpo_utils.families.chat import ChatTokenizer, read_ids
 from acpo_utils.families.loading import (
-    distilled_by_card,
-    distilled_by_name,
+    distilled_by_words,
     limit_tokenizer,
     load_pipeline_parts,
     refuse_single_file,
@@ -159,8 +158,7 @@ def distilled(pretrained_model_name_or_path: str, revision: str | None) -> str |
     )
     if scheduler["_class_name"] == "FlowMatchLCMScheduler":
         return "its scheduler is a FlowMatchLCMScheduler"
-    by_name = distilled_by_name(pretrained_model_name_or_path)
-    return by_name or distilled_by_card(pretrained_model_name_or_path, revision)
+    return distilled_by_words(pretrained_model_name_or_path, revision)
 
 
 def predictor(

@@ -1,6 +1,7 @@
 """Between pixels and latents: what a family has of its AutoencoderKL, and which decoder stands in for the VAE's."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -107,9 +108,12 @@ def decoder_in(dtype: torch.dtype, vae: AutoencoderKL | AutoencoderTiny) -> Auto
     return decoder
 
 
-def build_decoder(vae: AutoencoderKL, args):
-    """What decodes in training, by --decode, --decode_dtype and --tiny_vae_name_or_path of `args`; `vae` itself stays."""
-    decoder = load_tiny_vae(args.tiny_vae_name_or_path, vae) if args.tiny_vae_name_or_path else vae
+def build_decoder(vae: AutoencoderKL, args, load_tiny: Callable = load_tiny_vae):
+    """What decodes in training, by --decode, --decode_dtype and --tiny_vae_name_or_path of `args`; `vae` itself stays.
+
+    `load_tiny`: (the last of these flags, `vae`) -> the decoder that it names.
+    """
+    decoder = load_tiny(args.tiny_vae_name_or_path, vae) if args.tiny_vae_name_or_path else vae
     if args.decode_dtype == "bf16":
         decoder = decoder_in(torch.bfloat16, decoder)
     return StraightThrough(vae, decoder) if args.decode == "straight_through" else decoder
@@ -129,6 +133,8 @@ class StraightThrough(torch.nn.Module):
     def __init__(self, vae: AutoencoderKL, backward_vae: AutoencoderKL | AutoencoderTiny):
         super().__init__()
         self.vae, self.backward_vae = vae, backward_vae
+        if hasattr(vae, "bn"):  # by which `unscale_latents` knows a VAE of FLUX.2
+            self.bn = vae.bn
 
     @property
     def config(self):
@@ -147,8 +153,10 @@ class StraightThrough(torch.nn.Module):
         """(images (B, 3, H, W),) about in [-1, 1], of latents (B, C, h, w) as the VAE itself has them."""
         with torch.no_grad():
             exact = self.vae.decode(latents, return_dict=False)[0]
-        other, config = self.backward_vae, self.backward_vae.config
-        own = scale_latents(latents, self.vae) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        other, own = self.backward_vae, latents
+        if not hasattr(other, "bn"):  # FLUX.2's decoders have the VAE's own latents, others a scale of their own
+            own = scale_latents(latents, self.vae) / other.config.scaling_factor
+            own = own + (other.config.get("shift_factor") or 0.0)
         drawn = other.decode(own.to(other.dtype), return_dict=False)[0].to(exact.dtype)
         return (exact + (drawn - drawn.detach()),)
 

@@ -203,6 +203,33 @@ def distilled_by_card(pretrained_model_name_or_path: str, revision: str | None =
     return None
 
 
+def distilled_by_words(pretrained_model_name_or_path: str, revision: str | None = None) -> str | None:
+    """What in the name or the card of a model says that it was distilled to few steps; None if nothing does."""
+    by_name = distilled_by_name(pretrained_model_name_or_path)
+    return by_name or distilled_by_card(pretrained_model_name_or_path, revision)
+
+
+def distilled_unet(
+    pretrained_model_name_or_path: str,
+    revision: str | None,
+    noise_scheduler: DDPMScheduler,
+    unet: UNet2DConditionModel,
+) -> str | None:
+    """What says that a U-Net was distilled to few steps; None if nothing does.
+
+    Its name or its card, an input for the guidance scale (LCM), or a schedule that begins at the last timestep ("trailing",
+    as SD-Turbo's, SDXL-Turbo's and Lightning's) without the noise schedule of zero terminal SNR, which also asks for that.
+    """
+    if by_words := distilled_by_words(pretrained_model_name_or_path, revision):
+        return by_words
+    if unet.config.time_cond_proj_dim is not None:
+        return "its U-Net takes the guidance scale as a number"
+    config = noise_scheduler.config
+    if config.timestep_spacing == "trailing" and not config.rescale_betas_zero_snr:
+        return "timestep_spacing of its scheduler is trailing"
+    return None
+
+
 def check_channels(source: str, revision: str | None) -> dict:
     """The U-Net's configuration. Raises ValueError, in one line, for one that takes more, or other, than the VAE's latents."""
     unet = UNet2DConditionModel.load_config(source, revision=revision, subfolder="unet")

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from acpo_utils.families.loading import distilled_by_name, limit_tokenizer, load_pipeline_parts, refuse_single_file
+from acpo_utils.families.loading import distilled_by_words, limit_tokenizer, load_pipeline_parts, refuse_single_file
 
 
 TINY_VAE = "madebyollin/taesd3"
@@ -172,13 +172,14 @@ def schedule(noise_scheduler, latents_shape: Sequence[int], num_inference_steps:
 
 
 def distilled(pretrained_model_name_or_path: str, revision: str | None) -> str | None:
-    """What says that a model was distilled to few steps: its name, or the scheduler it was saved with; None if nothing does."""
+    """What says that a model was distilled to few steps: the scheduler it was saved with, its name or its card; None if
+    nothing does."""
     config = FlowMatchEulerDiscreteScheduler.load_config(
         pretrained_model_name_or_path, revision=revision, subfolder="scheduler"
     )
     if config["_class_name"] == "FlowMatchLCMScheduler":
         return "its scheduler is a FlowMatchLCMScheduler"
-    return distilled_by_name(pretrained_model_name_or_path)
+    return distilled_by_words(pretrained_model_name_or_path, revision)
 
 
 def predictor(

@@ -11,7 +11,7 @@ from acpo_utils.families.loading import (
     DTYPE,
     check_channels,
     check_embeddings,
-    distilled_by_name,
+    distilled_unet,
     latent_scheduler,
     limit_tokenizer,
     load_pipeline_parts,
@@ -28,6 +28,7 @@ PARTS = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
 }
+distilled = distilled_unet
 
 
 def load(
@@ -156,22 +157,6 @@ def negative_conditions(conditions: dict[str, torch.Tensor], force_zeros_for_emp
     if not force_zeros_for_empty_prompt:
         return conditions
     return {name: torch.zeros_like(value) for name, value in conditions.items()}
-
-
-def distilled(pretrained_model_name_or_path: str, noise_scheduler, unet: UNet2DConditionModel) -> str | None:
-    """What says that a model was distilled to few steps; None if nothing does.
-
-    Its name, a U-Net that is told the guidance scale (LCM), or a schedule that begins at the last timestep ("trailing", as
-    SDXL-Turbo's and Lightning's) without the noise schedule of zero terminal SNR, which also asks for that.
-    """
-    if by_name := distilled_by_name(pretrained_model_name_or_path):
-        return by_name
-    if unet.config.time_cond_proj_dim is not None:
-        return "its U-Net takes the guidance scale as a number"
-    config = noise_scheduler.config
-    if config.timestep_spacing == "trailing" and not config.rescale_betas_zero_snr:
-        return "timestep_spacing of its scheduler is trailing"
-    return None
 
 
 def predict(unet, latents: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from acpo_utils.families.loading import (
     check_channels,
     check_embeddings,
+    distilled_unet,
     latent_scheduler,
     limit_tokenizer,
     load_pipeline_parts,
@@ -21,6 +22,7 @@ PARTS = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
 }
+distilled = distilled_unet
 
 
 def load(

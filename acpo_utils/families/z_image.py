@@ -11,8 +11,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from acpo_utils.families.chat import ChatTokenizer, read_ids
 from acpo_utils.families.loading import (
-    distilled_by_card,
-    distilled_by_name,
+    distilled_by_words,
     limit_tokenizer,
     load_pipeline_parts,
     refuse_single_file,
@@ -181,8 +180,7 @@ def schedule(noise_scheduler, latents_shape: Sequence[int], num_inference_steps:
 def distilled(pretrained_model_name_or_path: str, revision: str | None) -> str | None:
     """What says that a model was distilled to few steps, as Z-Image-Turbo: its name, its card, or the scheduler it was saved
     with; None if nothing does."""
-    by_words = distilled_by_name(pretrained_model_name_or_path)
-    if by_words := by_words or distilled_by_card(pretrained_model_name_or_path, revision):
+    if by_words := distilled_by_words(pretrained_model_name_or_path, revision):
         return by_words
     config = FlowMatchEulerDiscreteScheduler.load_config(
         pretrained_model_name_or_path, revision=revision, subfolder="scheduler"

@@ -1,12 +1,16 @@
 """What the text-to-image scripts do alike before a training: flags that contradict each other, data, the LoRA to train."""
 
 import torch
+from accelerate.logging import get_logger
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
 from acpo_utils import data, lora
 from acpo_utils.families.quantization import check_quantization
 from acpo_utils.training.arguments import check_numbers, check_objective
+
+
+logger = get_logger(__name__, log_level="INFO")
 
 
 def check_text_to_image(args) -> None:
@@ -39,6 +43,16 @@ def check_flow_matching(args) -> None:
             "--diffusion_timesteps full"
         )
     check_quantization(args.bnb_quantization_config_path)
+
+
+def warn_if_distilled(reason: str | None, diffusion_weight: float) -> None:
+    """Warns of a training by L_diff that would undo a distillation. `reason`: what a family's `distilled` says."""
+    if reason and diffusion_weight:
+        logger.warning(
+            f"This model seems to be distilled to few steps ({reason}), and L_diff would undo that. Its mode is "
+            "--diffusion_weight 0 --late_start rollout with its own --num_inference_steps and --guidance_scale, and a "
+            "--tmax above the last of these steps (docs/sdxl.md and docs/flow-matching.md)."
+        )
 
 
 def load_data(args, accelerator):

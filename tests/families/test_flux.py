@@ -196,10 +196,13 @@ def test_a_window_that_flux_dev_does_not_visit_at_1024_pixels_is_refused_with_th
         check_late_window(schedule, 100, 28)
 
 
-def test_distilled_models_are_told_by_name_or_schedule(folder, schnell_folder):
-    assert flux.distilled("black-forest-labs/FLUX.1-dev", load(folder)[0]) is None
-    assert flux.distilled("black-forest-labs/FLUX.1-schnell", load(folder)[0]) == "'schnell' is in its name"
-    assert flux.distilled(schnell_folder, load(schnell_folder)[0]) == "its scheduler has no dynamic shift"
+def test_distilled_models_are_told_by_name_card_or_schedule(folder, schnell_folder):
+    noise_scheduler = load(folder)[0]
+    assert flux.distilled("black-forest-labs/FLUX.1-dev", None, noise_scheduler) is None
+    assert flux.distilled("black-forest-labs/FLUX.1-schnell", None, noise_scheduler) == "'schnell' is in its name"
+    assert flux.distilled(schnell_folder, None, load(schnell_folder)[0]) == "its scheduler has no dynamic shift"
+    (folder / "README.md").write_text("---\nbase_model: black-forest-labs/FLUX.1-schnell\n---\n")
+    assert flux.distilled(str(folder), None, noise_scheduler) == "'schnell' is in its card's base_model"
 
 
 def test_a_folder_of_another_family_is_refused_by_the_name_of_its_script(folder, tiny_sd3_pipeline):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from acpo_utils.families.latents import StraightThrough, build_decoder, decoder_in
 from acpo_utils.late_step import checkpoint_decoder, decode_latents
 from acpo_utils.training.step_cost import cost_of
-from tests.tiny_models import tiny_flow_vae, tiny_taesd, tiny_vae
+from tests.tiny_models import tiny_flow_vae, tiny_klein_vae, tiny_taesd, tiny_vae
 
 
 def frozen(model):
@@ -41,6 +41,22 @@ def test_straight_through_has_the_images_of_one_decoder_and_the_gradient_of_anot
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     full = torch.autograd.grad((decode_latents(vae, latents) * probe).sum(), latents)[0]
     assert F.cosine_similarity(found.flatten(), full.flatten(), dim=0) < 0.5, "the two decoders are nothing alike"
+
+
+def test_straight_through_undoes_the_patches_of_flux2_once():
+    """Both decoders have the same latents of 8 channels, which the transformer sees as 32 channels of half the sides."""
+    vae, other = frozen(tiny_klein_vae()), frozen(tiny_klein_vae(seed=5))
+    other.bn = vae.bn
+    for decoder in (vae.decoder, other.decoder):
+        decoder.conv_out.weight.mul_(0.3)  # so that nothing is clamped, where no gradient comes back
+    latents, probe = latents_and_probe(32)
+    latents = latents[..., :4, :4]
+    images = decode_latents(StraightThrough(vae, other), latents)
+    assert torch.equal(images, decode_latents(vae, latents))
+    found = torch.autograd.grad((images * probe).sum(), latents)[0]
+    expected = torch.autograd.grad((decode_latents(other, latents) * probe).sum(), latents)[0]
+    assert images.min() > 0 and images.max() < 1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_straight_through_in_bf16_points_where_the_vae_does_and_keeps_half():

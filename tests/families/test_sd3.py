@@ -319,10 +319,12 @@ def test_a_missing_tensor_is_named(folder, part):
         load(folder)
 
 
-def test_distilled_models_are_told_by_name_or_scheduler(folder, caplog):
+def test_distilled_models_are_told_by_name_card_or_scheduler(folder, caplog):
     assert sd3.distilled(str(folder), None) is None
     turbo = shutil.copytree(folder, folder.parent / "stable-diffusion-3.5-large-turbo")
     assert sd3.distilled(str(turbo), None) == "'turbo' is in its name"
+    (folder / "README.md").write_text("---\nbase_model: stabilityai/stable-diffusion-3.5-large-turbo\n---\n")
+    assert sd3.distilled(str(folder), None) == "'turbo' is in its card's base_model"
     FlowMatchLCMScheduler().save_pretrained(folder / "scheduler")
     with caplog.at_level(logging.WARNING):
         assert "FlowMatchLCMScheduler" in sd3.distilled(str(folder), None)

@@ -273,7 +273,7 @@ def test_a_missing_tensor_of_the_second_text_encoder_is_named(folder):
         load(folder)
 
 
-def test_distilled_models_are_told_by_name_schedule_or_unet(tmp_path):
+def test_distilled_models_are_told_by_name_card_schedule_or_unet(tmp_path):
     leading, unet = DDPMScheduler(timestep_spacing="leading"), tiny_sdxl_unet()
     trailing = DDPMScheduler(timestep_spacing="trailing")
     for name in (
@@ -281,19 +281,21 @@ def test_distilled_models_are_told_by_name_schedule_or_unet(tmp_path):
         "ByteDance/SDXL-Lightning",
         "/models/dreamshaperXL_lightningDPMSDE.safetensors",
     ):
-        assert "is in its name" in sdxl.distilled(name, leading, unet)
+        assert "is in its name" in sdxl.distilled(name, None, leading, unet)
     base = "stabilityai/stable-diffusion-xl-base-1.0"
-    assert sdxl.distilled(base, leading, unet) is None
-    assert "trailing" in sdxl.distilled(base, trailing, unet)
+    assert sdxl.distilled(base, None, leading, unet) is None
+    assert "trailing" in sdxl.distilled(base, None, trailing, unet)
     zero_snr = DDPMScheduler(timestep_spacing="trailing", rescale_betas_zero_snr=True)
-    assert sdxl.distilled(base, zero_snr, unet) is None
+    assert sdxl.distilled(base, None, zero_snr, unet) is None
     lcm = tiny_sdxl_unet(time_cond_proj_dim=8)
-    assert "guidance scale" in sdxl.distilled(base, leading, lcm)
+    assert "guidance scale" in sdxl.distilled(base, None, leading, lcm)
     (tmp_path / "turbo" / "mine").mkdir(parents=True)  # of a folder its own name counts, and not where it lies
-    assert sdxl.distilled(str(tmp_path / "turbo" / "mine"), leading, unet) is None
+    assert sdxl.distilled(str(tmp_path / "turbo" / "mine"), None, leading, unet) is None
+    (tmp_path / "turbo" / "mine" / "README.md").write_text("---\nbase_model: stabilityai/sdxl-turbo\n---\n")
+    assert "its card's base_model" in sdxl.distilled(str(tmp_path / "turbo" / "mine"), None, leading, unet)
     scheduler = EulerAncestralDiscreteScheduler(timestep_spacing="trailing", beta_schedule="scaled_linear")
     saved = load(save_tiny_sdxl(tmp_path / "saved", scheduler=scheduler))
-    assert "trailing" in sdxl.distilled(str(tmp_path / "saved"), saved[0], saved[4])
+    assert "trailing" in sdxl.distilled(str(tmp_path / "saved"), None, saved[0], saved[4])
 
 
 def test_kept_items_are_those_of_the_images_themselves(folder, tmp_path):

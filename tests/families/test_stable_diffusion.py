@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from acpo_utils.families.latents import encode_images
 from acpo_utils.families.loading import latent_scheduler
-from acpo_utils.families.stable_diffusion import build_pipeline, predict
+from acpo_utils.families.stable_diffusion import build_pipeline, distilled, predict
 from acpo_utils.families.stable_diffusion import load as load_stable_diffusion
 from acpo_utils.late_step import decode_latents, rollout_late_latents
 from tests import REPOSITORY
 from tests.ldm_checkpoint import save_single_file
-from tests.tiny_models import tiny_vae
+from tests.tiny_models import tiny_unet, tiny_vae
 
 
 def load(folder, variant=None):
@@ -250,6 +250,19 @@ def test_latents_are_never_clipped():
     scheduler = DDIMScheduler.from_config(latent_scheduler(config).config)
     assert not scheduler.config.clip_sample and not scheduler.config.thresholding
     assert scheduler.config.steps_offset == 1
+
+
+def test_distilled_models_are_told_by_name_schedule_or_unet(tiny_pipeline):
+    """SD-Turbo's scheduler is "trailing" with SD-2.1's noise schedule; the demo's ends in zero SNR and is distilled from none."""
+    unet = tiny_unet()
+    assert distilled(tiny_pipeline, None, latent_scheduler({}), unet) is None
+    assert distilled("stabilityai/sd-turbo", None, latent_scheduler({}), unet) == "'turbo' is in its name"
+    turbo = latent_scheduler(EulerDiscreteScheduler(timestep_spacing="trailing").config)
+    assert "trailing" in distilled(tiny_pipeline, None, turbo, unet)
+    assert "guidance scale" in distilled(tiny_pipeline, None, latent_scheduler({}), tiny_unet(time_cond_proj_dim=8))
+    demo = REPOSITORY / "examples" / "demo" / "pipeline"
+    config = DDIMScheduler.load_config(demo, subfolder="scheduler")
+    assert distilled(str(demo), None, latent_scheduler(config), unet) is None
 
 
 def test_the_demos_pipeline_has_one_precision_as_the_readme_loads_it():

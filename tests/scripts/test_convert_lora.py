@@ -7,14 +7,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from acpo_utils.evaluation.models import class_of
+from acpo_utils.families import flux, sd3, z_image
+from acpo_utils.families.loading import denoiser
 from acpo_utils.lora import LORA_NAME, load_lora, read_lora, read_lora_config, save_lora
 from tests.launching import EXAMPLES, refused, run_script
-from tests.tiny_models import tiny_unet
+from tests.tiny_models import tiny_sd3_transformer, tiny_unet
 
 
 SCRIPT = EXAMPLES / "convert_lora.py"
@@ -39,13 +42,13 @@ diffusers_reads_all = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (
 since_0_39 = pytest.mark.skipif(not diffusers_reads_all, reason="diffusers leaves conv_in, conv_out out before 0.39")
 
 
-def adapted(unet, targets, rank=3, alpha=7.0):
+def adapted(unet, targets, rank=3, alpha=7.0, std=0.1):
     """The U-Net with a LoRA that does something: alpha is not the rank, and lora_B not zero."""
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in unet.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data = torch.randn(parameter.shape, generator=generator) * std
     return unet
 
 
@@ -54,30 +57,40 @@ def convert(source, target, *flags):
     return target
 
 
-def picture(pipeline_folder, lora=None, prompt="a red wall"):
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None).to(torch.float32)
+def load_tiny(pipeline_folder):
+    unchecked = {"safety_checker": None} if class_of(str(pipeline_folder)) == "StableDiffusionPipeline" else {}
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder, **unchecked).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def picture(pipeline_folder, lora=None, size=32):
+    pipeline = load_tiny(pipeline_folder)
     if lora is not None:  # by folder and name: offline, older diffusers take no file's path
         pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
-    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     generator = torch.Generator().manual_seed(2)
     return pipeline(
-        prompt, height=size, width=size, num_inference_steps=3, generator=generator, output_type="np"
+        prompt="a red wall",
+        height=size,
+        width=size,
+        num_inference_steps=2,
+        generator=generator,
+        output_type="np",
     ).images[0]
 
 
 # --- the picture
 
 
-def same_pictures(pipeline_folder, unet, tmp_path):
+def same_pictures(pipeline_folder, unet, tmp_path, size=32):
     """diffusers draws the same from our file, from kohya's made of it, and from ours made of that again."""
     ours = save_lora(unet, tmp_path)
     kohya = convert(ours, tmp_path / "kohya.safetensors")
     back = convert(kohya, tmp_path / "back.safetensors", "--to", "diffusers")
-    expected = picture(pipeline_folder, ours)
-    assert np.abs(expected - picture(pipeline_folder)).max() > 0.02, "the LoRA does nothing"
-    assert np.array_equal(picture(pipeline_folder, kohya), expected)
-    assert np.array_equal(picture(pipeline_folder, back), expected)
+    expected = picture(pipeline_folder, ours, size)
+    assert np.abs(expected - picture(pipeline_folder, size=size)).max() > 0.02, "the LoRA does nothing"
+    assert np.array_equal(picture(pipeline_folder, kohya, size), expected)
+    assert np.array_equal(picture(pipeline_folder, back, size), expected)
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, MOST, pytest.param(ALL, marks=since_0_39)], ids=len)
@@ -90,7 +103,44 @@ def test_either_file_gives_the_same_picture(tiny_pipeline, tmp_path, targets):
 @since_0_39
 def test_either_file_gives_the_same_picture_of_the_demo(tmp_path):
     unet = UNet2DConditionModel.from_pretrained(DEMO / "pipeline", subfolder="unet")
-    same_pictures(DEMO / "pipeline", adapted(unet, DEMO_TARGETS, rank=8, alpha=5.0), tmp_path)
+    same_pictures(DEMO / "pipeline", adapted(unet, DEMO_TARGETS, rank=8, alpha=5.0), tmp_path, size=64)
+
+
+def test_either_file_gives_the_same_picture_of_sdxl(tiny_sdxl_pipeline, tmp_path):
+    same_pictures(tiny_sdxl_pipeline, adapted(load_tiny(tiny_sdxl_pipeline).unet, ATTENTION), tmp_path)
+
+
+def targets_of(family, transformer):
+    """The default of the family's script."""
+    if family == "klein":
+        from acpo_utils.families import flux2_klein
+
+        return flux2_klein.targets(transformer).split(",")
+    return {"sd3": sd3, "flux": flux, "z_image": z_image}[family].TARGETS.split(",")
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "z_image", "klein"])
+def test_a_transformers_file_gives_the_same_picture_with_alpha_in_its_weights(family, request, tmp_path):
+    """Alpha is twice the rank: a factor of two leaves every bit of a product as it is, so that the pictures are equal."""
+    folder = request.getfixturevalue(f"tiny_{family}_pipeline")
+    pipeline = load_tiny(folder)
+    transformer = denoiser(pipeline)
+    ours = save_lora(
+        adapted(transformer, targets_of(family, transformer), alpha=6.0, std=0.5), tmp_path, type(pipeline)
+    )
+    converted = convert(ours, tmp_path / "converted.safetensors")
+    expected = picture(folder, ours)
+    assert np.abs(expected - picture(folder)).max() > 0.02, "the LoRA does nothing"
+    assert np.array_equal(picture(folder, converted), expected)
+
+    # Whoever reads the weights alone, and takes alpha to be the rank, finds the same in them; --lora_path does, too.
+    with safe_open(converted, framework="pt") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 3
+    weights, config = read_lora(converted, type(pipeline))
+    before = read_lora(ours, type(pipeline))[0]
+    assert config == read_lora_config(ours, type(pipeline)) | {"alpha": 3} and weights.keys() == before.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, before[name] * (2 if name.endswith("lora_B.weight") else 1))
 
 
 def test_our_own_scripts_read_every_layer_back(tmp_path):
@@ -128,6 +178,33 @@ def test_weights_merged_as_other_programs_merge_them_predict_the_same(tmp_path):
         torch.testing.assert_close(merged(*inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_a_transformer_merged_as_comfyui_merges_it_predicts_the_same(tmp_path):
+    """lora_B @ lora_A of each layer, since there is no alpha beside it in the file."""
+    targets = sd3.TARGETS.split(",")
+    transformer = adapted(tiny_sd3_transformer(), targets, std=0.3)
+    ours = save_lora(transformer, tmp_path, diffusers.StableDiffusion3Pipeline)
+    tensors = load_file(convert(ours, tmp_path / "converted.safetensors"))
+    assert {name.rsplit(".", 2)[1] for name in tensors} == {"lora_A", "lora_B"}
+    generator = torch.Generator().manual_seed(3)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 5, 64, generator=generator),
+        "pooled_projections": torch.randn(1, 40, generator=generator),
+        "timestep": torch.tensor([300.0]),
+    }
+    expected, base = transformer(**inputs).sample, tiny_sd3_transformer()(**inputs).sample
+    assert (expected - base).abs().max() > 0.1
+    for file, is_equal in ((load_file(ours), False), (tensors, True)):  # alpha / rank of the first is not read
+        merged: SD3Transformer2DModel = tiny_sd3_transformer()
+        with torch.no_grad():
+            for name, down in file.items():
+                if name.endswith(".lora_A.weight"):
+                    layer = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+                    merged.get_submodule(layer).weight += file[name.replace("lora_A", "lora_B")] @ down
+            found = merged(**inputs).sample
+        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3) == is_equal
+
+
 # --- the file
 
 
@@ -159,6 +236,7 @@ def test_names_shapes_and_metadata_are_kohyas(tmp_path):
     [
         (768, {"ss_v2": "False", "ss_base_model_version": "sd_v1"}),
         (1024, {"ss_v2": "True"}),
+        (2048, {"ss_v2": "False", "ss_base_model_version": "sdxl_base_v1-0"}),
         (320, {}),  # no Stable Diffusion that was published
     ],
 )
@@ -201,7 +279,12 @@ def test_the_script_says_what_it_wrote_and_leaves_nothing_else(tmp_path):
     back = tmp_path / "made" / "back.safetensors"
     said = run_script(SCRIPT, "--lora_path", kohya, "--output_path", back, "--to", "diffusers")
     assert said == f"{back}: 32 layers, rank 3, alpha 7, fp32, for diffusers\n"
-    assert sorted(file.name for file in (tmp_path / "made").iterdir()) == ["back.safetensors", "kohya.safetensors"]
+    of_transformer = adapted(tiny_sd3_transformer(), ["to_k"])
+    ours = save_lora(of_transformer, tmp_path / "sd3", diffusers.StableDiffusion3Pipeline)
+    out = tmp_path / "made" / "transformer.safetensors"
+    said = run_script(SCRIPT, "--lora_path", ours.parent, "--output_path", out, "--dtype", "fp16")
+    assert said == f"{out}: 3 layers, rank 3, alpha 3, fp16, for ComfyUI and diffusers\n"
+    assert sorted(file.stem for file in (tmp_path / "made").iterdir()) == ["back", "kohya", "transformer"]
 
 
 def test_what_cannot_be_converted_is_refused_in_one_line(tmp_path):
@@ -217,7 +300,15 @@ def test_what_cannot_be_converted_is_refused_in_one_line(tmp_path):
     name = next(name for name in tensors if name.endswith(".alpha"))
     save_file(tensors | {name: torch.tensor(1.0)}, tmp_path / "mixed.safetensors")
     assert "alphas [1.0, 7.0]" in refused(SCRIPT, *flags, tmp_path / "mixed.safetensors", "--to", "diffusers")
-    left = {file.name for file in tmp_path.iterdir()}
+    of_transformer = save_lora(adapted(tiny_sd3_transformer(), ["to_k"]), tmp_path / "sd3", diffusers.FluxPipeline)
+    assert "--to kohya: expected a U-Net's LoRA" in refused(SCRIPT, *flags, of_transformer, "--to", "kohya")
+    tensors = load_file(of_transformer)
+    other = {name.replace("transformer.", "diffusion_model."): value.clone() for name, value in tensors.items()}
+    save_file(other, tmp_path / "sd3" / "other.safetensors")
+    assert "found diffusion_model" in refused(SCRIPT, *flags, tmp_path / "sd3" / "other.safetensors")
+    save_file({**tensors, **other}, tmp_path / "sd3" / "both.safetensors")
+    assert "found diffusion_model" in refused(SCRIPT, *flags, tmp_path / "sd3" / "both.safetensors")
+    left = {file.name for file in tmp_path.iterdir()} - {"sd3"}
     assert left == {LORA_NAME, "kohya.safetensors", "te.safetensors", "mixed.safetensors"}
 
 

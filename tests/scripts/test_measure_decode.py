@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.launching import EXAMPLES, command_line, launch, refused, run_script
-from tests.tiny_models import tiny_taesd
+from tests.tiny_models import tiny_klein_vae, tiny_taesd
 
 
 SCRIPT = EXAMPLES / "measure_decode.py"
@@ -69,7 +69,7 @@ def test_the_comparison_is_of_the_seed_and_not_of_the_batches(flags, tmp_path):
     assert "tiny" not in {row["decode"] for row in found[0]}
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "z_image", "klein"])
 def test_every_family(flags, tmp_path, family, request):
     model = request.getfixturevalue(f"tiny_{family}_pipeline")
     args = script.parse_args(flags(pretrained_model_name_or_path=model, num_images=1))
@@ -77,6 +77,21 @@ def test_every_family(flags, tmp_path, family, request):
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert rows[0]["cosine"] == pytest.approx(1) and args.tmax == (100 if family == "sdxl" else 250)
     assert [row["decode"] for row in rows if row["decode"].startswith("crop")] == ["crop, 24 px", "crop, 16 px"]
+
+
+def test_the_small_decoder_of_flux2_and_a_model_in_bf16(flags, tmp_path, tiny_klein_pipeline):
+    pytest.importorskip("diffusers", minversion="0.38")  # which knows a narrower decoder
+    tiny_klein_vae(seed=5, decoder_block_out_channels=(8, 8)).save_pretrained(tmp_path / "small")
+    options = {"pretrained_model_name_or_path": tiny_klein_pipeline, "num_images": 1, "mixed_precision": "bf16"}
+    args = script.parse_args(flags(tiny_vae_name_or_path=tmp_path / "small", **options))
+    pipeline = script.load_pipeline(args)
+    assert (pipeline.transformer.dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.float32)
+    exact = tiny_klein_vae().state_dict()
+    assert all(torch.equal(weight, exact[name]) for name, weight in pipeline.vae.state_dict().items()), "never rounded"
+    script.main(args)
+    rows = {row["decode"]: row for row in json.loads((tmp_path / "decode.json").read_text())["rows"]}
+    by_small = rows["straight through, backward by the tiny VAE"]
+    assert by_small["error"] == 0 and rows["tiny"]["error"] > 1 and rows["tiny"]["TFLOP"] < rows["full"]["TFLOP"]
 
 
 def test_cosine_and_error_of_a_window_are_of_what_is_in_it():
@@ -124,7 +139,7 @@ def test_the_fastest_that_points_well_enough_is_taken():
 
 BAD_INPUT = {
     "no guide": ({"evaluator": None}, "give an --evaluator"),
-    "no model": ({"pretrained_model_name_or_path": "no/such/model"}, "expected a pipeline (hub id or folder)"),
+    "no model": ({"pretrained_model_name_or_path": "no/such/model"}, "expected a pipeline (hub id or folder with"),
     "no data": ({"train_data_dir": None}, "Expected one of --dataset_name and --train_data_dir"),
     "window": ({"decode_size": 15}, "--decode_size must be a multiple of 2"),
     "number": ({"num_images": 0}, "--num_images: expected at least 1, found 0"),
@@ -140,7 +155,7 @@ def test_bad_input_is_one_line(flags, case):
 def test_another_kind_of_pipeline_is_refused(flags, tmp_path):
     from tests.tiny_models import tiny_ddpm
 
-    assert "it is a DDPMPipeline, none of" in refused(
+    assert "it is a DDPMPipeline, whose images are not decoded" in refused(
         SCRIPT, *flags(pretrained_model_name_or_path=tiny_ddpm(tmp_path / "ddpm"))
     )
 

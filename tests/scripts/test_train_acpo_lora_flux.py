@@ -5,12 +5,14 @@ What it has in common with train_acpo_lora_sd3.py, all but the lines that the la
 
 import contextlib
 import json
+import logging
 import shutil
 from argparse import Namespace
 
 import pytest
 import torch
 import train_acpo_lora_flux as script
+from accelerate import PartialState
 from diffusers import FluxPipeline
 from peft import LoraConfig
 
@@ -20,7 +22,7 @@ from acpo_utils.lora import LORA_NAME, load_lora
 from acpo_utils.randomness import step_generator
 from acpo_utils.training import memory_estimate
 from acpo_utils.training.step_cost import StepCost
-from tests.launching import EXAMPLES, command_line, launch, refused, run_script
+from tests.launching import EXAMPLES, command_line, fresh_process, launch, refused, run_script
 from tests.scripts.test_train_acpo_lora_sd3 import FLOW_DEFAULTS
 from tests.tiny_models import tiny_flux
 from tests.training.test_memory_estimate import bytes_kept
@@ -254,3 +256,17 @@ def test_both_scripts_have_the_same_step_but_for_the_family():
             assert words in steps[path], f"no longer in {path.name}: {words}"
             steps[path] = steps[path].replace(words, others)
     assert steps[SD3_SCRIPT] == steps[SCRIPT]
+
+
+def test_a_distilled_model_is_warned_of_if_l_diff_is_on(flags, tmp_path, tiny_flux_pipeline, caplog):
+    schnell = shutil.copytree(tiny_flux_pipeline, tmp_path / "FLUX.1-schnell")
+    with fresh_process(), caplog.at_level(logging.WARNING):
+        PartialState(cpu=True)  # which the logger asks for
+        options = {"pretrained_model_name_or_path": schnell}
+        script.load_models(script.parse_args(flags(**options)), torch.float32, "cpu")
+        assert (
+            "seems to be distilled to few steps ('schnell' is in its name), and L_diff would undo that" in caplog.text
+        )
+        caplog.clear()
+        script.load_models(script.parse_args(flags(diffusion_weight=0, **options)), torch.float32, "cpu")
+        assert "distilled" not in caplog.text

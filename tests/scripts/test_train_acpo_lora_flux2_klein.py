@@ -249,6 +249,16 @@ def test_a_copy_in_an_empty_folder_runs_in_bf16_with_a_small_decoder(flags, lora
     assert "name a model: --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-base-4B" in refused(copy)
 
 
+def test_exact_images_with_the_gradient_through_bf16_train(flags, lora_of):
+    """On top of the same steps through the whole VAE: Adam's first step is of the gradient's signs, nearly all of them alike."""
+    options = {"max_train_steps": 1, "diffusion_weight": 0, "anchor_weight": 0}
+    run_script(SCRIPT, *flags("full", **options))
+    run_script(SCRIPT, *flags("straight", decode="straight_through", decode_dtype="bf16", **options))
+    full, straight = lora_of("full"), lora_of("straight")
+    steps = {name: (full[name].sign() * straight[name].sign()).mean() for name in full if "lora_B" in name}
+    assert min(steps.values()) > 0.8 and all(straight[name].abs().max() > 0 for name in steps)
+
+
 def test_a_distilled_model_is_warned_of_and_trains_without_l_diff_and_guidance(flags, prompts, tmp_path, caplog):
     quick = save_tiny_klein(tmp_path / "four-steps", is_distilled=True)
     with caplog.at_level(logging.WARNING):

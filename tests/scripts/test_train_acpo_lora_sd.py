@@ -1,12 +1,14 @@
 """The real script on tiny models: what it writes, that it repeats itself, what it refuses."""
 
 import json
+import logging
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import train_acpo_lora_sd as script
+from accelerate import PartialState
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
@@ -367,3 +369,17 @@ def test_a_run_of_one_prompt_begins(sd_flags, tmp_path):
     options |= {"diffusion_weight": 0, "num_inference_steps": 5, "tmax": 300, "guidance_scale": 1}
     run_script(SCRIPT, *sd_flags(**options, max_train_steps=1, train_batch_size=1))
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_distilled_model_is_warned_of_if_l_diff_is_on(sd_flags, tmp_path, tiny_pipeline, caplog):
+    """By its card: SD-Turbo's own name may be gone from a folder."""
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    (folder / "README.md").write_text("---\nbase_model: stabilityai/sd-turbo\n---\n")
+    with fresh_process(), caplog.at_level(logging.WARNING):
+        PartialState(cpu=True)  # which the logger asks for
+        options = {"pretrained_model_name_or_path": folder}
+        script.load_models(script.parse_args(sd_flags(**options)), torch.float32, "cpu")
+        assert "seems to be distilled to few steps ('turbo' is in its card's base_model), and L_diff" in caplog.text
+        caplog.clear()
+        script.load_models(script.parse_args(sd_flags(diffusion_weight=0, **options)), torch.float32, "cpu")
+        assert "distilled" not in caplog.text
