@@ -32,7 +32,7 @@ from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, is_due, re
 from acpo_utils.ddpm import SAMPLERS
 from acpo_utils.evaluation.sampling import sample_unconditional
 from acpo_utils.evaluation.unconditional import compare_unconditional_models, split_judges
-from acpo_utils.evaluators import guide_parts, guide_score, load_guide, part_scores
+from acpo_utils.evaluators import guide_parts, guide_score, load_guide
 from acpo_utils.lora import check_target_modules
 from acpo_utils.randomness import batch_randint, batch_randn, process_batches, shared_generator
 from acpo_utils.training.arguments import at_step, check_numbers, check_objective, read_demo_settings
@@ -181,6 +181,7 @@ def parse_args(input_args=None):
         default="data",
         help="z_t: noised images, or sampled",
     )
+    add("--late_every", type=int, default=1, help="the late window at every n-th step; between them L_diff alone")
     add("--late_steps", type=int, default=1, help="K denoising steps from t to 0; 1 is the one-step estimate")
     add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
     add(
@@ -500,7 +501,7 @@ def main(args):
                 optimizer.zero_grad()
         if ema is not None:
             ema.step(parameters)
-        logs = mean_terms(accelerator, terms | part_scores(evaluator))
+        logs = mean_terms(accelerator, terms)
         logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
         accelerator.log(logs | shares | {"skipped_steps": run.skipped_steps}, step=step + 1)
         progress.set_postfix({name.removeprefix("loss_"): f"{value:.4g}" for name, value in logs.items()})

@@ -27,7 +27,7 @@ from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
 from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, is_due, release_signals
 from acpo_utils.evaluation.comparison import compare_models
 from acpo_utils.evaluation.sampling import sample_images
-from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges, part_scores
+from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges
 from acpo_utils.families import sd3
 from acpo_utils.families.latents import (
     build_decoder,
@@ -208,6 +208,7 @@ def parse_args(input_args=None):
         help="late shares the late forward pass",
     )
     add("--late_start", choices=["data", "rollout"], default="data", help="z_t: noised images, or sampled")
+    add("--late_every", type=int, default=1, help="the late window at every n-th step; between them L_diff alone")
     add("--late_steps", type=int, default=1, help="K denoising steps from sigma to 0; 1 is the one-step estimate")
     add("--late_backprop_steps", type=int, help="how many of the last K steps keep their gradient; all by default")
     add(
@@ -466,7 +467,8 @@ def main(args):
     progress = progress_bar(first_step, args.max_train_steps, accelerator)
     catch_signals(accelerator)
     for step in progress:
-        anchor_weight, step_args = anchor_budget.weight, at_step(args, step)
+        step_args = at_step(args, step)
+        anchor_weight = anchor_budget.weight if step_args.anchor_weight else 0.0
         for micro_step in range(args.gradient_accumulation_steps):
             batch = data.to_device(next(batches), accelerator.device) | {"negative_conditions": negative_conditions}
             generator = shared_generator(args.seed, step, micro_step, accelerator)
@@ -490,7 +492,7 @@ def main(args):
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
-        logs = mean_terms(accelerator, terms | part_scores(evaluator))
+        logs = mean_terms(accelerator, terms)
         logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
         logs["anchor_weight"] = anchor_budget.update(logs.get("loss_anchor"))
         accelerator.log(logs | shares | {"skipped_steps": run.skipped_steps}, step=step + 1)

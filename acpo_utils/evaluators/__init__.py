@@ -12,7 +12,6 @@ from acpo_utils.evaluators.loading import (
     load_evaluator,
     load_guide,
     named_specs,
-    part_scores,
 )
 from acpo_utils.evaluators.protocol import Evaluator
 
@@ -39,7 +38,6 @@ __all__ = [
     "load_guide",
     "load_judges",
     "named_specs",
-    "part_scores",
 ]
 # Imported when they are asked for: open_clip, diffusers' models and the judge's network take seconds.
 _LAZY = {"IPCE": "ipce", "TwoStreamIQA": "two_stream", "load_judges": "judge"}

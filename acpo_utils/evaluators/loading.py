@@ -113,7 +113,7 @@ def guide_parts(guide: Evaluator) -> dict[str, Evaluator]:
 
 
 def part_scores(guide: Evaluator) -> dict[str, torch.Tensor]:
-    """Of several evaluators, each one's own mean score of the last step, by the name under which it is logged; else {}."""
+    """Of several evaluators, each one's own mean score of the last call, by the name under which it is logged; else {}."""
     return {f"score_{name}": score for name, score in getattr(guide, "last_scores", {}).items()}
 
 

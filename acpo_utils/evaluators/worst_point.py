@@ -7,6 +7,7 @@ Fine-Tuning for Diffusion Models" (CVPR 2026), takes the gradient where the scor
 
 import torch
 
+from acpo_utils.evaluators.loading import part_scores
 from acpo_utils.evaluators.protocol import Evaluator
 
 
@@ -26,16 +27,18 @@ def guide_score(
         images: (B, 3, H, W) in [0, 1]. prompts: B strings, or None, as the evaluator takes them.
         perturbation: e, in 255ths; 0 is the clean score alone, as in the paper. clean_weight: C, in [0, 1].
     Returns:
-        (B,) in (0, 1), to train by; the perturbation carries no gradient. And what to log of it, {} without one:
-        `clean_score` (B,), and `score_fall` (B,), how far below it the worst one is.
+        (B,) in (0, 1), to train by; the perturbation carries no gradient. And what to log of it: with a perturbation
+        `clean_score` (B,), and `score_fall` (B,), how far below it the worst one is; of several evaluators each one's own.
     """
     if not perturbation:
-        return evaluator.score(images, prompts), {}
+        scores = evaluator.score(images, prompts)
+        return scores, part_scores(evaluator)
     worst_scores = evaluator.score(worst_point(evaluator, images, prompts, perturbation), prompts)  # (B,)
     with torch.set_grad_enabled(torch.is_grad_enabled() and clean_weight > 0):
         clean_scores = evaluator.score(images, prompts)  # (B,); last, as several guides keep the last call's parts
     scores = clean_weight * clean_scores + (1 - clean_weight) * worst_scores
-    return scores, {"clean_score": clean_scores.detach(), "score_fall": (clean_scores - worst_scores).detach()}
+    logged = {"clean_score": clean_scores.detach(), "score_fall": (clean_scores - worst_scores).detach()}
+    return scores, logged | part_scores(evaluator)
 
 
 def worst_point(

@@ -53,6 +53,7 @@ AT_LEAST = {
     "guide_perturbation": 0,
     "guide_clean_weight": 0,
     "guide_clean_weight_end": 0,
+    "late_every": 1,
     "late_steps": 1,
     "late_backprop_steps": 1,
     "decode_batch_size": 1,
@@ -120,6 +121,10 @@ def check_objective(args) -> None:
         raise ValueError("--anchor_budget needs an --anchor_weight above 0 to start from")
     if args.late_start == "rollout" and args.diffusion_timesteps == "late":
         raise ValueError("--diffusion_timesteps late needs --late_start data: a sampled latent has no known noise")
+    if args.late_every > 1 and not args.diffusion_weight:
+        raise ValueError("--late_every above 1 needs --diffusion_weight: between the late steps there is L_diff alone")
+    if args.late_every > 1 and args.diffusion_timesteps == "late":
+        raise ValueError("--late_every above 1 leaves the late window out, in which --diffusion_timesteps late draws")
     if args.diffusion_timesteps == "late" and not args.diffusion_weight:
         raise ValueError("--diffusion_timesteps late has no effect with --diffusion_weight 0")
     for name in ("guide_clean_weight", "guide_clean_weight_end"):
@@ -134,13 +139,17 @@ def check_objective(args) -> None:
 
 
 def at_step(args, step: int):
-    """The settings in force at `step`, counted from 0: `args`, with --guide_clean_weight on its way to
-    --guide_clean_weight_end, on a straight line from the first step to the last."""
-    if args.guide_clean_weight_end is None:
-        return args
-    share = step / max(1, args.max_train_steps - 1)
+    """The settings in force at `step`, counted from 0: `args`, with two things that change over a run.
+
+    --guide_clean_weight is on its way to --guide_clean_weight_end, on a straight line from the first step to the last. And at
+    all but every --late_every-th step the weights of eqs. 6 and 7 are 0: nothing is sampled, decoded or scored.
+    """
     in_force = copy.copy(args)
-    in_force.guide_clean_weight = (1 - share) * args.guide_clean_weight + share * args.guide_clean_weight_end
+    if args.guide_clean_weight_end is not None:
+        share = step / max(1, args.max_train_steps - 1)
+        in_force.guide_clean_weight = (1 - share) * args.guide_clean_weight + share * args.guide_clean_weight_end
+    if (step + 1) % args.late_every:
+        in_force.quality_weight = in_force.anchor_weight = 0.0
     return in_force
 
 

@@ -42,7 +42,7 @@ class GradientBalance:
     ) -> dict[str, float]:
         """What to log, of an optimizer step that is due; else {}. Draws no numbers.
 
-        Call it in every process, between each micro-step's forward and its backward pass: the last one is measured.
+        Nor of one whose terms are not all there (--late_every). Call it in every process, between each micro-step's forward and its backward pass: the last one is measured.
 
         It costs a backward pass for each term and each bucket of timesteps in the batch.
 
@@ -60,7 +60,9 @@ class GradientBalance:
         if not (is_due(step, self.every) and self.accelerator.sync_gradients):
             return {}
         weights = {"loss_diffusion": diffusion_weight, "loss_anchor": anchor_weight, "loss_quality": quality_weight}
-        used = {name: weight for name, weight in weights.items() if weight and name in terms}
+        used = {name: weight for name, weight in weights.items() if weight}
+        if any(name not in terms for name in used):  # a step that --late_every has left out of the late window
+            return {}
         norms = [weight * self._gradient_norm(terms[name]) for name, weight in used.items()]
         values = self.accelerator.reduce(torch.stack(norms), "mean").tolist()
         total = sum(values) or 1.0

@@ -118,6 +118,26 @@ def test_the_clean_share_grows_over_the_run(sd_flags, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "args.json").read_text())["guide_clean_weight"] == 0.2
 
 
+def test_between_the_late_steps_there_is_the_diffusion_loss_alone(sd_flags, monkeypatch, caplog):
+    logged = []
+    step = script.training_step
+
+    def watched(*inputs):
+        loss, terms = step(*inputs)
+        logged.append(set(terms))
+        return loss, terms
+
+    monkeypatch.setattr(script, "training_step", watched)
+    flags = {"late_every": 2, "late_start": "rollout", "num_inference_steps": 12, "guidance_scale": 2}
+    with fresh_process():
+        script.main(script.parse_args(sd_flags(max_train_steps=4, balance_steps=1, **flags)))
+    logged = logged[-4:]  # the estimate takes a step too
+    assert logged[0] == logged[2] == {"loss", "loss_diffusion"}
+    assert logged[1] == logged[3] > {"loss_anchor", "loss_quality", "score"}
+    shares = [record.message for record in caplog.records if "shares of the gradient" in record.message]
+    assert len(shares) == 2 and "step 2:" in shares[0] and "step 4:" in shares[1]
+
+
 def test_the_baseline_is_scored_by_the_guide_that_did_not_train_it(sd_flags, prompts, tmp_path):
     options = {"quality_weight": 0, "anchor_weight": 0, "max_train_steps": 1, "num_inference_steps": 2}
     run_script(SCRIPT, *sd_flags(**options, eval_prompts=prompts))

@@ -87,6 +87,7 @@ def objective(**changes):
         "guide_perturbation": 0.0,
         "guide_clean_weight": 0.5,
         "guide_clean_weight_end": None,
+        "late_every": 1,
     }
     return Namespace(**values | changes)
 
@@ -110,6 +111,8 @@ WEIGHTS_OF_ZERO = {"quality_weight": 0, "anchor_weight": 0, "diffusion_weight": 
             "--diffusion_timesteps late needs --late_start data",
         ),
         ({"diffusion_timesteps": "late", "diffusion_weight": 0}, "--diffusion_timesteps late has no effect"),
+        ({"late_every": 2, "diffusion_weight": 0}, "--late_every above 1 needs --diffusion_weight"),
+        ({"late_every": 2, "diffusion_timesteps": "late"}, "--late_every above 1 leaves the late window out"),
         ({"late_backprop_steps": 5}, "--late_backprop_steps: expected at most --late_steps 4, found 5"),
         ({"push_to_hub": True}, "--hub_token would be logged by wandb"),
         ({"guide_clean_weight": 1.5}, "--guide_clean_weight: expected a share from 0 to 1, found 1.5"),
@@ -158,13 +161,27 @@ def test_the_weights_of_several_guides_sum_to_1():
 
 
 def test_the_clean_share_grows_on_a_straight_line():
-    args = Namespace(guide_clean_weight=0.2, guide_clean_weight_end=None, max_train_steps=4)
-    assert at_step(args, 3) is args
+    args = Namespace(guide_clean_weight=0.2, guide_clean_weight_end=None, max_train_steps=4, late_every=1)
+    assert vars(at_step(args, 3)) == vars(args)
     args.guide_clean_weight_end = 0.8
     assert [at_step(args, step).guide_clean_weight for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert args.guide_clean_weight == 0.2, "what is recorded of the run stays"
     args.max_train_steps = 1
     assert at_step(args, 0).guide_clean_weight == 0.2
+
+
+def test_the_late_window_is_left_out_between_every_nth_step():
+    args = Namespace(
+        guide_clean_weight_end=None, late_every=3, quality_weight=0.1, anchor_weight=1.0, diffusion_weight=1
+    )
+    weights = []
+    for step in range(7):
+        in_force = at_step(args, step)
+        assert in_force.diffusion_weight == 1
+        weights.append((in_force.quality_weight, in_force.anchor_weight))
+    left_out, late = (0.0, 0.0), (0.1, 1.0)
+    assert weights == [left_out, left_out, late, left_out, left_out, late, left_out]
+    assert (args.quality_weight, args.anchor_weight) == late, "what is recorded of the run stays"
 
 
 def test_the_demos_settings_are_a_file_beside_the_demo(tmp_path):
