@@ -32,7 +32,7 @@ from acpo_utils.evaluation.models import class_of, load_pipeline
 from acpo_utils.evaluation.panel import measure_panel
 from acpo_utils.evaluation.real_images import read_prompt_images
 from acpo_utils.evaluation.sampling import sample_images, score_images
-from acpo_utils.evaluators import load_evaluator
+from acpo_utils.evaluators import load_evaluator, load_judges
 from acpo_utils.files import aligned_table, atomic_write, write_csv
 from acpo_utils.lora import LORA_NAME
 
@@ -236,7 +236,8 @@ class World:
 
     @functools.cached_property
     def judge(self):
-        return load_evaluator(f"judge:{DEMO_DIR / 'judge'}")
+        (judge,) = load_judges([str(DEMO_DIR / "judge")], "cpu").values()
+        return judge
 
     @functools.cached_property
     def real(self):
