@@ -129,7 +129,7 @@ def train(folder, words):
     ]
     if any(folder.glob("checkpoint-*")):
         command += ["--resume_from_checkpoint", "latest"]
-    print(f"training {folder.name}", flush=True)
+    print(f"training {folder.parent.name} {folder.name}", flush=True)
     with open(folder / "run.log", "a") as log:
         done = subprocess.run(
             command,
