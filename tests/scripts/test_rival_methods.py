@@ -272,12 +272,24 @@ def test_a_run_is_the_scripts_own_but_for_its_step(sd_flags, lora_of, tmp_path):
     assert any(not torch.equal(weight, before[name]) for name, weight in lora_of().items())
 
 
-@pytest.mark.slow
-def test_the_command_starts_and_resumes(sd_flags, lora_of):
-    run = EXAMPLES / "rival_methods.py"
-    short = {"method": "refl", "num_inference_steps": 4, "checkpointing_steps": 1}
-    launch(run, *sd_flags(max_train_steps=2, **short))
-    launch(run, *sd_flags("halves", max_train_steps=1, **short))
-    launch(run, *sd_flags("halves", max_train_steps=2, resume_from_checkpoint="latest", **short))
-    whole, halves = lora_of(), lora_of("halves")
+def test_a_resumed_run_equals_an_uninterrupted_one(sd_flags, lora_of):
+    def run(output, **changes):
+        flags = sd_flags(output, method="refl", num_inference_steps=4, checkpointing_steps=1, **changes)
+        with fresh_process():
+            rivals.main(rivals.parse_args(flags))
+
+    run("whole", max_train_steps=2)
+    run("halves", max_train_steps=1)
+    run("halves", max_train_steps=2, resume_from_checkpoint="latest")
+    whole, halves = lora_of("whole"), lora_of("halves")
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    with pytest.raises(ValueError, match="method"):
+        flags = sd_flags("halves", method="alignprop", num_inference_steps=4, resume_from_checkpoint="latest")
+        with fresh_process():
+            rivals.main(rivals.parse_args(flags))
+
+
+@pytest.mark.slow
+def test_the_command_starts(sd_flags, tmp_path):
+    launch(EXAMPLES / "rival_methods.py", *sd_flags(method="draft+", num_inference_steps=4, max_train_steps=2))
+    assert len((tmp_path / "out" / "seconds.csv").read_text().splitlines()) == 2
