@@ -364,8 +364,7 @@ def report(args):
     results = read_results(args.output_dir)
     if not results:
         return "Nothing is measured yet."
-    first = next(iter(results.values()))["runs"][0]["points"][-1]
-    measures = [name for name in first if name not in ("share", "step", "seconds")]
+    measures = ["guide", "judge", *ROWS.values(), "drift"]
     rows = []
     cells = [["method", "rate", "steps", "CPU s", "runs", *measures]]
     for method, found in results.items():
@@ -399,18 +398,19 @@ def report(args):
         temporary.write_text(f"{table}\n")
     write_csv(output_dir / "table.csv", list(rows[0]), rows)
     curves = {method: [run["points"] for run in found["runs"]] for method, found in results.items()}
+    titles = {name: f"{name}, change in %" if name in ROWS.values() else name for name in measures}
     plot_curves(
         output_dir / "over-seconds.png",
         curves,
         x="seconds",
-        measures=measures,
+        measures=titles,
         x_label="CPU seconds of training",
     )
     plot_curves(
         output_dir / "over-guide.png",
         curves,
         x="guide",
-        measures=[name for name in measures if name != "guide"],
+        measures={name: title for name, title in titles.items() if name != "guide"},
         x_label="guide",
     )
     return table

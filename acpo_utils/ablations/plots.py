@@ -115,6 +115,7 @@ def _scale(axis, numbers: Sequence[float] | None) -> None:
 
 
 def new_panels(number: int, width: float, height: float, sharey: bool = False):
+    """A matplotlib Figure and its `number` axes, three beside each other at most, of `width` x `height` inches each."""
     from matplotlib.figure import Figure
 
     columns = 2 if number == 4 else min(number, 3)
@@ -149,6 +150,7 @@ def _shorten(text: str, length: int = 44) -> str:
 
 
 def save_figure(figure, path: str | Path):
+    """Writes `figure` to `path`, whole or not at all, and returns it."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
     return figure

@@ -11,10 +11,12 @@ def test_a_line_for_each_run_and_one_for_a_methods_mean(tmp_path):
         [{"seconds": 12, "guide": 0.3, "drift": 3.0}, {"seconds": 22, "guide": 0.5, "drift": 4.0}],
     ]
     curves = {"ours": runs, "theirs": runs[:1]}
-    figure = plot_curves(tmp_path / "over.png", curves, "seconds", ["guide", "drift"], "CPU seconds")
+    figure = plot_curves(
+        tmp_path / "over.png", curves, "seconds", {"guide": "guide", "drift": "the drift"}, "CPU seconds"
+    )
     assert (tmp_path / "over.png").stat().st_size > 1000
     guide, drift = figure.axes
-    assert [guide.get_title(), drift.get_title(), guide.get_xlabel()] == ["guide", "drift", "CPU seconds"]
+    assert [guide.get_title(), drift.get_title(), guide.get_xlabel()] == ["guide", "the drift", "CPU seconds"]
     lines = {line.get_label(): line.get_xydata() for line in drift.get_lines()}
     np.testing.assert_allclose(lines["ours"], [[0, 0], [11, 2], [21, 3]])
     np.testing.assert_allclose(lines["theirs"], [[0, 0], [10, 1], [20, 2]])
