@@ -139,7 +139,8 @@ def commands(text: str) -> list[list[str]]:
 def unknown_flags(words: list[str]) -> list[str]:
     """Of a command that runs a script of ours, "SCRIPT FLAG" for each flag that this script has not.
 
-    run_ablations.py hands what is after `--`, and what is in a --variant, to the script that it runs.
+    run_ablations.py hands what is after `--`, and what is in a --variant, to the script that it runs, and rival_methods.py
+    what is not its own.
     """
     position = next((n for n, word in enumerate(words) if re.fullmatch(r"(\S*/)?examples/\S+\.py", word)), None)
     if position is None:
@@ -154,7 +155,10 @@ def unknown_flags(words: list[str]) -> list[str]:
             flags, passed = flags[: flags.index("--")], flags[flags.index("--") + 1 :]
             rest += passed
         rest = " ".join(rest).split()
-    unknown = [flag for flag in flag_names(flags) if flag not in flags_of(script)]
+    known = flags_of(script)
+    if script.name == "rival_methods.py":
+        known = known | flags_of(REPOSITORY / "examples" / "train_acpo_lora_sd.py")
+    unknown = [flag for flag in flag_names(flags) if flag not in known]
     runs = [REPOSITORY / "examples" / name for name in ("train_acpo_lora_sd.py", "train_acpo_ddpm.py")]
     if "--script" in flags:
         runs = [REPOSITORY / flags[flags.index("--script") + 1]]

@@ -16,7 +16,7 @@ def plot_rows(path: str | Path, lines: Sequence[dict]):
     metrics = _metrics(lines)
     if not metrics:
         return None
-    figure, axes = _panels(len(metrics), 3.6, 0.9 + 0.32 * len(rows), sharey=True)
+    figure, axes = new_panels(len(metrics), 3.6, 0.9 + 0.32 * len(rows), sharey=True)
     for axis, metric in zip(axes, metrics):
         for line in lines:
             if line["metric"] == metric:
@@ -26,7 +26,7 @@ def plot_rows(path: str | Path, lines: Sequence[dict]):
         _label(axis, metric, lines, "x")
         axis.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
         axis.set_yticks(range(len(rows)), [_shorten(row) for row in rows])
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_sweep(path: str | Path, flag: str, sweep: dict[str, list[tuple[str, str]]], lines: Sequence[dict]):
@@ -46,7 +46,7 @@ def plot_sweep(path: str | Path, flag: str, sweep: dict[str, list[tuple[str, str
     values = list(dict.fromkeys(value for points in sweep.values() for value, _ in points))
     numbers = _as_numbers(values)
     position = dict(zip(values, numbers or range(len(values))))
-    figure, axes = _panels(len(metrics), 4.2, 3.2)
+    figure, axes = new_panels(len(metrics), 4.2, 3.2)
     for axis, metric in zip(axes, metrics):
         of_row = {line["row"]: line for line in lines if line["metric"] == metric}
         for k, (name, points) in enumerate(sweep.items()):
@@ -82,7 +82,7 @@ def plot_sweep(path: str | Path, flag: str, sweep: dict[str, list[tuple[str, str
         if handles:
             columns = min(len(labels), 3)
             figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _metrics(lines: Sequence[dict]) -> list[str]:
@@ -114,7 +114,8 @@ def _scale(axis, numbers: Sequence[float] | None) -> None:
         axis.set_xscale("symlog", linthresh=min(positive))
 
 
-def _panels(number: int, width: float, height: float, sharey: bool = False):
+def new_panels(number: int, width: float, height: float, sharey: bool = False):
+    """A matplotlib Figure and its `number` axes, three beside each other at most, of `width` x `height` inches each."""
     from matplotlib.figure import Figure
 
     columns = 2 if number == 4 else min(number, 3)
@@ -148,7 +149,8 @@ def _shorten(text: str, length: int = 44) -> str:
     return text.replace("$", r"\$")
 
 
-def _save(figure, path: str | Path):
+def save_figure(figure, path: str | Path):
+    """Writes `figure` to `path`, whole or not at all, and returns it."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
     return figure
