@@ -42,7 +42,10 @@ DEMO_DIR = SCRIPT.parent / "demo"
 PROMPTS = DEMO_DIR / "data" / "new_combinations.parquet"
 # Flags of rival_methods.py. The demo's settings stand behind them: a LoRA of rank 8, batches of 8, 15 sampling steps with
 # guidance 2, the last of which, at t = 66, is the window's only one. docs/method.md has the reasons.
-ALL = "--guide_perturbation 0 --balance_steps 0 --num_validation_prompts 0 --num_eval_prompts 0 --report_to none"
+ALL = (
+    "--late_every 1 --guide_perturbation 0 --balance_steps 0 --num_validation_prompts 0 --num_eval_prompts 0 "
+    "--report_to none"
+)
 METHODS = {
     "acpo-rollout": "--method acpo",
     "acpo-data": "--method acpo --late_start data --no-scored_guidance",

@@ -122,9 +122,9 @@ def check_objective(args) -> None:
     if args.late_start == "rollout" and args.diffusion_timesteps == "late":
         raise ValueError("--diffusion_timesteps late needs --late_start data: a sampled latent has no known noise")
     if args.late_every > 1 and not args.diffusion_weight:
-        raise ValueError("--late_every above 1 needs --diffusion_weight: between the late steps there is L_diff alone")
+        raise ValueError("--diffusion_weight 0 needs --late_every 1: between the late steps there is L_diff alone")
     if args.late_every > 1 and args.diffusion_timesteps == "late":
-        raise ValueError("--late_every above 1 leaves the late window out, in which --diffusion_timesteps late draws")
+        raise ValueError("--diffusion_timesteps late needs --late_every 1: it draws in the late window, at every step")
     if args.diffusion_timesteps == "late" and not args.diffusion_weight:
         raise ValueError("--diffusion_timesteps late has no effect with --diffusion_weight 0")
     for name in ("guide_clean_weight", "guide_clean_weight_end"):
