@@ -22,7 +22,7 @@ from acpo_utils.anchor import without_adapter
 from acpo_utils.families import stable_diffusion
 from acpo_utils.families.latents import encode_images, latents_shape
 from acpo_utils.late_step import decode_latents, predict_original_sample, without_prompt
-from acpo_utils.losses import anchor_loss, diffusion_loss
+from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss
 from acpo_utils.randomness import batch_randint, batch_randn
 
 
@@ -58,17 +58,15 @@ def training_step(
         args,
     )
     terms = METHODS[method](sampler)
-    weights = {
-        "loss_quality": args.quality_weight,
-        "loss_anchor": anchor_weight,
-        "loss_diffusion": args.diffusion_weight,
-    }
-    weighted = []
-    for name, weight in weights.items():
-        if name in terms:
-            weighted.append(weight * terms[name])
-    loss = sum(weighted)
-    return loss, {"loss": loss} | terms
+    loss, weighed = acpo_objective(
+        terms.get("loss_diffusion"),
+        terms.get("loss_anchor"),
+        terms["loss_quality"],
+        args.diffusion_weight,
+        anchor_weight,
+        args.quality_weight,
+    )
+    return loss, weighed | terms
 
 
 def refl(sampler):
@@ -330,6 +328,8 @@ METHODS = {
 FLAGS = [
     "--late_start",
     "rollout",
+    "--late_every",
+    "1",
     "--guide_perturbation",
     "0",
     "--balance_steps",
@@ -363,6 +363,8 @@ def parse_args(input_args=None):
     if own.method in METHODS:
         if args.guide_perturbation or args.decode == "crop":
             parser.error(f"--method {own.method} takes no --guide_perturbation and no --decode crop")
+        if args.late_every > 1:
+            parser.error(f"--method {own.method} takes no --late_every: it samples at every step")
         if not args.quality_weight:
             parser.error(f"--method {own.method} needs a --quality_weight above 0")
     vars(args).update(vars(own))

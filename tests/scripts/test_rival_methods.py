@@ -256,8 +256,14 @@ def test_ddpos_gradient_is_reinforce(last_std):
 def test_what_the_methods_do_not_read_is_refused():
     run = EXAMPLES / "rival_methods.py"
     assert "takes no --guide_perturbation" in refused(run, "--method", "ddpo", "--guide_perturbation", 2)
+    assert "takes no --late_every" in refused(run, "--method", "refl", "--late_every", 2)
     assert "needs a --quality_weight" in refused(run, "--method", "refl", "--quality_weight", 0)
     assert "none_such" in refused(run, "--method", "refl", "--none_such", 0)
+
+
+def test_the_demos_rivals_sample_at_every_step():
+    assert rivals.parse_args(["--method", "refl"]).late_every == 1
+    assert rivals.parse_args(["--method", "acpo"]).late_every == 3, "the demo as it is"
 
 
 def test_a_run_is_the_scripts_own_but_for_its_step(sd_flags, lora_of, tmp_path):
