@@ -40,9 +40,9 @@ class GradientBalance:
         quality_weight: float,
         step: int,
     ) -> dict[str, float]:
-        """What to log, of an optimizer step that is due; else {}. Draws no numbers.
+        """What to log, of an optimizer step that is due and has all terms (--late_every); else {}. Draws no numbers.
 
-        Nor of one whose terms are not all there (--late_every). Call it in every process, between each micro-step's forward and its backward pass: the last one is measured.
+        Call it in every process, between each micro-step's forward and its backward pass: the last one is measured.
 
         It costs a backward pass for each term and each bucket of timesteps in the batch.
 

@@ -24,8 +24,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from build_labels import DATA, FEATURES, MISMATCHES, UNCHANGED, falsify, label, png, ratings
-from captions import ATTRIBUTES, FULL_TEMPLATES, TEMPLATES, caption
+from build_labels import (
+    DATA,
+    FEATURES,
+    MISMATCHES,
+    UNCHANGED,
+    draw_mismatches,
+    draw_template,
+    falsify,
+    label,
+    png,
+    ratings,
+)
+from captions import ATTRIBUTES, FULL_TEMPLATES, caption
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from diffusers import StableDiffusionPipeline
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
@@ -41,12 +52,6 @@ PIPELINE = DATA.parent / "pipeline"
 STEPS = (4, 6, 10, 15, 25)
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 KINDS = {"generated": 0.55, "mixture": 0.3, "real": 0.15}  # of every caption one, with these chances
-FALSE_PROMPTS = {
-    "content": 3,
-    "style": 3,
-    "background": 3,
-    "all": 1,
-}  # weights of the one that a training picture gets
 WORST = 1.0  # the label of a picture as far from its drawing as another drawing is
 SPLITS = ("train", "validation", "test")
 SOURCE = {"source": Value("string")}
@@ -113,14 +118,11 @@ def labelled(
     """Rows as build_labels.py writes them. False prompts take their words from `values`."""
     rows = []
     for number, row in enumerate(captions.select_columns(list(ATTRIBUTES))):
-        kinds = list(MISMATCHES)
-        if part == "train":
-            kinds = ["none", *rng.choices(list(FALSE_PROMPTS), weights=list(FALSE_PROMPTS.values()))]
-        template = rng.choice(FULL_TEMPLATES)
+        training = part == "train"
+        kinds = draw_mismatches(rng) if training else list(MISMATCHES)
+        shared_template = rng.choice(FULL_TEMPLATES)
         for mismatch in kinds:
-            if part == "train":
-                names_them = [t for t in TEMPLATES if all(f"{a}}}" in t for a in MISMATCHES[mismatch])]
-                template = rng.choice(names_them)
+            template = draw_template(mismatch, rng) if training else shared_template
             rows.append(
                 row
                 | {
@@ -132,7 +134,7 @@ def labelled(
                     "mismatch": mismatch,
                     "part": part,
                     "image_id": number,
-                    "reference": None if part == "train" else png(to_pil_image(real[number])),
+                    "reference": None if training else png(to_pil_image(real[number])),
                     "source": "generator",
                 }
             )

@@ -83,6 +83,16 @@ def falsify(row: dict, mismatch: str, values: dict[str, list[str]], rng: random.
     return row | wrong
 
 
+def draw_mismatches(rng: random.Random) -> list[str]:
+    """What a training picture's prompts are: a true one, and a false one of a random kind."""
+    return ["none", rng.choices(list(MISMATCHES)[1:], weights=(3, 3, 3, 1))[0]]
+
+
+def draw_template(mismatch: str, rng: random.Random) -> str:
+    """A template that names every attribute which `mismatch` makes wrong."""
+    return rng.choice([t for t in TEMPLATES if all(f"{attribute}}}" in t for attribute in MISMATCHES[mismatch])])
+
+
 def damage(
     image: PILImage.Image, scores: dict, undistorted: float, rng: random.Random
 ) -> tuple[PILImage.Image, str, int, float]:
@@ -124,11 +134,10 @@ def labelled_rows(
         image, kind, level, quality = damage(row["image"], scores, undistorted, rng)
         picture = png(image)
         reference = None if part == "train" else png(row["image"])
-        kinds = mismatches or ["none", rng.choices(list(MISMATCHES)[1:], weights=(3, 3, 3, 1))[0]]
+        kinds = mismatches or draw_mismatches(rng)
         shared_template = rng.choice(FULL_TEMPLATES)
         for mismatch in kinds:
-            named = [t for t in TEMPLATES if all(f"{attribute}}}" in t for attribute in MISMATCHES[mismatch])]
-            template = shared_template if mismatches else rng.choice(named)
+            template = shared_template if mismatches else draw_template(mismatch, rng)
             told = falsify(row, mismatch, values, rng)
             if part == "train" and "content" not in MISMATCHES[mismatch] and rng.random() < MADE_UP_WORDS:
                 told = told | {"content": made_up_word(values["content"], rng)}
