@@ -9,7 +9,7 @@ import pandas as pd
 from pyarrow import parquet
 
 from acpo_utils.data.text_files import read_json_lines, read_separated
-from acpo_utils.files import one_line, parquet_errors
+from acpo_utils.files import is_utf8, one_line, parquet_errors
 
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder; a file named by its path may be any
@@ -25,7 +25,7 @@ def read_metadata(
     whatever the words; in another column they are numbers if all of them are, or "NA" and its like, which are None.
 
     Raises ValueError naming the file, and the row, for a damaged or empty file, one without file_name, a row that is no
-    object, and a file_name that is not the path of something below the file's folder.
+    object, a column's name that is no text, and a file_name that is not the path of something below the file's folder.
     """
     kind = file.suffix.lower()
     if kind == ".csv":
@@ -43,6 +43,8 @@ def read_metadata(
             raise ValueError(f"{file}, row {number}: expected an object with file_name, found {row!r}.")
         record = {}
         for key, value in row.items():
+            if not is_utf8(key):
+                raise ValueError(f"{file}, row {number}: expected text for the name of a column, found {key!r}.")
             if key not in targets:
                 record.setdefault(key, value)
             elif key == "file_name" or not isinstance(record.get(targets[key]), Path):  # of two, file_name counts

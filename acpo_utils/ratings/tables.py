@@ -29,17 +29,24 @@ TEXT = (
     "reference",
     "dis_img_path",
 )  # columns that hold text; all others hold numbers
-# scipy takes the number of a type in a file for an index, unchecked: a wrong byte can end the process that reads it.
+# scipy takes the number of a type in a file for an index, unchecked: a wrong byte can end the process that reads it, or keep
+# it busy for ever. What counts is the process's own time, which on a busy machine is far from the clock's.
 READ_MAT = """
 import json, sys
 import numpy as np
 from scipy.io import loadmat
 
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+except ImportError:
+    pass  # Windows
 variables = {name: value for name, value in loadmat(sys.argv[1], appendmat=False).items() if not name.startswith("__")}
 value = variables.get(sys.argv[2])
 numbers = isinstance(value, np.ndarray) and value.dtype.kind in "iuf"
 print(json.dumps({"names": list(variables), "values": value.astype(float).ravel().tolist() if numbers else None}))
 """
+MAT_SECONDS = 300  # by the clock
 MAX_CELLS = 10_000_000  # of a workbook's sheet, empty ones counted: twenty times the largest set's
 
 
@@ -170,8 +177,10 @@ def _read_mat(file: Path, key: str) -> list[float]:
         with open(file, "rb") as opened:
             if opened.read(128)[126:] not in (b"IM", b"MI"):  # the order of bytes
                 raise ValueError("no header of MATLAB")
-        process = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=MAT_SECONDS, check=True)
         found = json.loads(process.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{file}: expected a MATLAB file that can be read in {MAT_SECONDS} seconds.") from error
     except (subprocess.SubprocessError, ValueError) as error:
         raise ValueError(f"{file}: expected a MATLAB file up to version 7.2, found damage or another file.") from error
     if key not in found["names"]:

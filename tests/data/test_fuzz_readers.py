@@ -39,6 +39,7 @@ from acpo_utils.data import check_images, load_captioned_images, load_unconditio
 from acpo_utils.data.prompt_sets import read_prompt_set
 from acpo_utils.evaluation.manifest import ImageManifest
 from acpo_utils.lora import load_lora, read_lora_config, save_lora
+from acpo_utils.ratings import tables
 from acpo_utils.ratings.images import load_rated_images
 from acpo_utils.ratings.sets import read_rating_set
 from acpo_utils.ratings.tables import read_numbers, read_table
@@ -64,16 +65,18 @@ class Hang(BaseException):
 
 @contextmanager
 def time_limit(seconds: int = 30):
+    """Of this process's own time: on a busy machine the clock's says nothing."""
+
     def stop(*_):
         raise Hang(f"no answer in {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def outcome(read: Callable, file: Path, name: str | None = None) -> object:
@@ -500,6 +503,7 @@ FOUND = {  # what raised an exception of a library, ended the process or came th
     "a line break in a name": ("rating set", b'image,prompt,mos\n"a\nb",a,1\n'),
     "no object in the first line": ("metadata.jsonl", b'null\n{"file_name": "0.png", "text": "a"}\n'),
     "nested metadata": ("metadata.jsonl", NESTED),
+    "half a surrogate pair in a column's name": ("metadata.jsonl", b'{"file_name": "0.png", "\\ud800": "a"}\n'),
     "condition 0": ("KADID table", b"dis_img_path,score\nI01_00_01.png,3\n" * 2),
     "another name": ("KADID table", b"dis_img_path,score\nI01.png,3\n"),
     "other columns": ("KADID table", b"image,score\nI01_01_01.png,3\n"),
@@ -712,6 +716,15 @@ def test_matlab_byte_that_ends_the_process_which_reads_it(folder, number):
 def test_matlab_version_4_is_refused(folder):
     savemat(folder / "old.mat", {"MOSz": np.arange(6.0)}, format="4")
     assert "expected a MATLAB file up to version 7.2" in outcome(numbers, folder / "old.mat")
+
+
+def test_a_matlab_file_that_keeps_its_reader_busy_is_refused(folder, monkeypatch):
+    busy = tables.READ_MAT.replace("(20, 20)", "(1, 1)").replace("variables =", "while True: pass\nvariables =")
+    assert busy.count("(1, 1)") == busy.count("while") == 1
+    monkeypatch.setattr(tables, "READ_MAT", busy)
+    assert "expected a MATLAB file up to version 7.2" in outcome(numbers, rating_mat(folder))
+    monkeypatch.setattr(tables, "MAT_SECONDS", 0.01)
+    assert "that can be read in 0.01 seconds" in outcome(numbers, rating_mat(folder))
 
 
 def test_matlab_version_7_3_is_refused(folder):
