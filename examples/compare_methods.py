@@ -28,11 +28,12 @@ from acpo_utils.ablations.curves import plot_curves
 from acpo_utils.ablations.table import mean_interval
 from acpo_utils.data import read_prompts
 from acpo_utils.evaluation.denoising_error import prediction_drift
+from acpo_utils.evaluation.judges import load_judges
 from acpo_utils.evaluation.models import class_of, load_pipeline
 from acpo_utils.evaluation.panel import measure_panel
 from acpo_utils.evaluation.real_images import read_prompt_images
 from acpo_utils.evaluation.sampling import sample_images, score_images
-from acpo_utils.evaluators import load_evaluator, load_judges
+from acpo_utils.evaluators import load_evaluator
 from acpo_utils.files import aligned_table, atomic_write, write_csv
 from acpo_utils.lora import LORA_NAME
 

@@ -26,8 +26,9 @@ from acpo_utils import check_min_version, data, flow_matching, late_step, lora, 
 from acpo_utils.anchor import ANCHOR_BUDGET, AnchorBudget, base_prediction
 from acpo_utils.checkpoints import catch_signals, checkpoint_or_stop, is_due, release_signals
 from acpo_utils.evaluation.comparison import compare_models
+from acpo_utils.evaluation.judges import load_judges
 from acpo_utils.evaluation.sampling import sample_images
-from acpo_utils.evaluators import guide_parts, guide_score, load_guide, load_judges
+from acpo_utils.evaluators import guide_parts, guide_score, load_guide
 from acpo_utils.families import sd3
 from acpo_utils.families.latents import (
     build_decoder,
@@ -171,7 +172,7 @@ def parse_args(input_args=None):
     add("--bnb_quantization_config_path", help="4- or 8-bit base: BitsAndBytesConfig as JSON, needs a GPU")
     add("--evaluator", nargs="+", action="extend", help="the frozen guide Q: ipce:PATH, ... (docs/evaluators.md)")
     add("--evaluator_weight", nargs="+", action="extend", type=float, help="one for each guide; equal by default")
-    add("--judge", nargs="+", action="extend", help="what guides nothing: judge:PATH or as --evaluator, or several")
+    add("--judge", nargs="+", action="extend", help="what guides nothing: judge:PATH, st-lpips:vgg or as --evaluator")
     add("--lora_path", help="continue from this saved LoRA with a new optimizer; this is not resume")
     # Data
     add("--dataset_name", help="hub data set with an image and a caption column")
@@ -399,7 +400,7 @@ def main(args):
     evaluator = None
     if args.evaluator:  # with --quality_weight 0 it is for the final table alone
         evaluator = load_guide(args.evaluator, args.evaluator_weight, accelerator.device)
-    judges = load_judges(args.judge or [], accelerator.device)
+    judges = load_judges(args.judge or [], accelerator.device, eval_prompts, args.eval_prompts)
     weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
     noise_scheduler, tokenizers, text_encoders, vae, decoder, transformer, negative_conditions, build_pipeline = (
         load_models(args, weight_dtype, accelerator.device)

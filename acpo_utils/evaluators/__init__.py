@@ -18,7 +18,6 @@ from acpo_utils.evaluators.protocol import Evaluator
 
 if TYPE_CHECKING:
     from acpo_utils.evaluators.ipce import IPCE
-    from acpo_utils.evaluators.judge import load_judges
     from acpo_utils.evaluators.two_stream import TwoStreamIQA
 
 from acpo_utils.evaluators.worst_point import guide_score
@@ -36,11 +35,10 @@ __all__ = [
     "guide_weights",
     "load_evaluator",
     "load_guide",
-    "load_judges",
     "named_specs",
 ]
-# Imported when they are asked for: open_clip, diffusers' models and the judge's network take seconds.
-_LAZY = {"IPCE": "ipce", "TwoStreamIQA": "two_stream", "load_judges": "judge"}
+# Imported when they are asked for: open_clip and diffusers' models take seconds.
+_LAZY = {"IPCE": "ipce", "TwoStreamIQA": "two_stream"}
 
 
 def __getattr__(name: str) -> Any:

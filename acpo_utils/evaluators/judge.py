@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from acpo_utils.evaluators.efficientnet import EfficientNetFeatures, extract_features
-from acpo_utils.evaluators.loading import load_evaluator, named_specs
-from acpo_utils.evaluators.protocol import Evaluator
 from acpo_utils.files import package_folder
 
 
@@ -153,21 +151,3 @@ def load_judge(folder: str | Path) -> Judge:
         raise ValueError(f"{folder} is damaged: {len(texts)} texts but {len(embeddings)} embeddings")
     network = EfficientNetFeatures(config["image_size"])
     return Judge(network, load_file(folder / "head.safetensors"), texts, embeddings, config["ignore_pattern"])
-
-
-def load_judges(specs: list[str], device: str | torch.device | None = None) -> dict[str, Evaluator | Judge]:
-    """The evaluators that guide nothing, by the name of their row in a table: "judge", or "judge NAME" of several.
-
-    A spec is `judge:PATH` or PATH, a folder as `load_judge` reads it, or one of `load_evaluator`'s.
-    Raises ValueError and ImportError as `load_judge` and `load_evaluator` do.
-    """
-    names = ["judge"] if len(specs) == 1 else [f"judge {name}" for name in named_specs(specs)]
-    return dict(zip(names, (_load_judge(spec, device) for spec in specs)))
-
-
-def _load_judge(spec: str, device: str | torch.device | None) -> Evaluator | Judge:
-    folder = spec.removeprefix("judge:")
-    if folder == spec and not Path(folder, "judge.json").is_file():
-        return load_evaluator(spec, device)
-
-    return load_judge(folder).to(device)

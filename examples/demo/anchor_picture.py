@@ -18,9 +18,10 @@ import torch
 from matplotlib.figure import Figure
 
 from acpo_utils.data import read_prompts
+from acpo_utils.evaluation.judges import load_judges
 from acpo_utils.evaluation.real_images import read_prompt_images
 from acpo_utils.evaluation.sampling import sample_images, score_images
-from acpo_utils.evaluators import load_evaluator, load_judges
+from acpo_utils.evaluators import load_evaluator
 from acpo_utils.families.stable_diffusion import build_pipeline, load
 from acpo_utils.files import atomic_write
 

@@ -204,7 +204,8 @@ def test_what_looks_as_the_guide_does_is_marked(tmp_path):
 
 
 def test_loaded_evaluators_have_the_family_of_their_folder(tiny_guide):
-    from acpo_utils.evaluators import load_evaluator, load_judges
+    from acpo_utils.evaluation.judges import load_judges
+    from acpo_utils.evaluators import load_evaluator
 
     assert family(load_evaluator(f"ipce:{tiny_guide}")) == family(f"ipce:{tiny_guide}") == "ViT"
     assert family(load_evaluator("python:tests.guides:brightness")) is None

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
-from acpo_utils.evaluators import load_judges
 from acpo_utils.statistics import paired_comparison
 from acpo_utils.training.hacking_alarm import ALARM_LEVEL, HackingAlarm, deceived
 from tests.guides import brightness, darkness
@@ -36,19 +35,6 @@ def test_both_must_be_beyond_chance_and_in_opposite_directions():
     assert deceived(compared(more), {"a": compared(more), "b": compared(-more)}) == ["b"]
     same = paired_comparison([0.5, 0.5], [0.5, 0.5])
     assert math.isnan(same["p"]) and deceived(same, {"judge": same}) == []
-
-
-def test_judges_are_named_and_unknown_ones_refused(tmp_path):
-    assert list(load_judges(["python:tests.guides:darkness"])) == ["judge"]
-    two = load_judges(["python:tests.guides:darkness", "python:tests.guides:brightness"])
-    assert list(two) == ["judge python-tests.guides-darkness", "judge python-tests.guides-brightness"]
-    images = torch.full((2, 3, 4, 4), 0.25)
-    assert [judge.score(images)[0].item() for judge in two.values()] == [0.75, 0.25]
-    assert load_judges([]) == {}
-    with pytest.raises(ValueError, match="found no judge.json in"):
-        load_judges([f"judge:{tmp_path}"])
-    with pytest.raises(ValueError, match="unknown kind 'fid'"):
-        load_judges(["fid:x"])
 
 
 class Accelerator:
