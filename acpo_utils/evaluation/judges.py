@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from acpo_utils.evaluation.diversity import ShiftTolerantLPIPS
+from acpo_utils.evaluation.image_batches import image_batches
 from acpo_utils.evaluation.real_images import read_prompt_images
 from acpo_utils.evaluators import Evaluator, load_evaluator, named_specs
 from acpo_utils.evaluators.judge import Judge, load_judge
@@ -53,7 +54,9 @@ class RealImageJudge(nn.Module):
             read = read_prompt_images(self.prompt_file, len(self.prompts), size)
             self.real[size] = {self.prompts[row]: read[row] for row in sorted(read, reverse=True)}
         real = torch.stack([self.real[size][prompt] for prompt in prompts])  # (B, 3, H, W)
-        return 1 - self.network(images, real.to(images.device))
+        # The network's first stage has 64 channels of the images' own size: large images go one by one.
+        distances = [self.network(batch, real[rows]) for rows, batch in image_batches(images)]
+        return 1 - torch.cat(distances)
 
 
 def load_judges(
