@@ -142,6 +142,35 @@ def save_ddpm(pipeline: DDPMPipeline | DDIMPipeline, output_dir: str | Path, hal
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def resolve_late_window(
+    noise_scheduler: DDPMScheduler, num_inference_steps: int, tmax: int | None = None, last_steps: int | None = None
+) -> tuple[int, int]:
+    """The late window both ways: its upper end tmax, and how many of the last sampling steps have t < tmax.
+
+    One is given, the other follows from the sampling schedule; neither is the full trajectory. The tmax of N last
+    steps is the timestep of the step before them: with 1,000 sampling steps of 1,000 the last 10 have t < 10, with 50
+    sampling steps they have t < 200.
+
+    Raises:
+        ValueError: for a number outside of the schedule.
+    """
+    total = noise_scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= total:
+        found = f"1..{total}, the model's number of training timesteps, got {num_inference_steps}"
+        raise ValueError(f"--ddpm_num_inference_steps must be in {found}")
+    scheduler = type(noise_scheduler).from_config(noise_scheduler.config)  # another one: the caller's is left alone
+    scheduler.set_timesteps(num_inference_steps)
+    if last_steps is not None:
+        if not 1 <= last_steps <= num_inference_steps:
+            found = f"1..{num_inference_steps}, the number of sampling steps, got {last_steps}"
+            raise ValueError(f"--last_steps must be in {found}")
+        tmax = total if last_steps == num_inference_steps else int(scheduler.timesteps[-last_steps - 1])
+    tmax = total if tmax is None else tmax
+    if not 1 <= tmax <= total:
+        raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {tmax}")
+    return tmax, int((scheduler.timesteps < tmax).sum())
+
+
 def usage_example(output_dir: str | Path, base_model: str | None, num_inference_steps: int) -> str:
     """Python code for the model card of a folder that `save_ddpm` wrote, with the LoRA's if it holds one."""
     text = LORA_USAGE if Path(output_dir, "lora").is_dir() else USAGE

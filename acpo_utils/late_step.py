@@ -202,6 +202,31 @@ def without_prompt(
     return conditions | {name: value.expand_as(conditions[name]) for name, value in negative_conditions.items()}
 
 
+def with_guidance(
+    predict: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
+    conditions: dict[str, torch.Tensor],
+    negative_conditions: dict[str, torch.Tensor],
+    guidance_scale: float,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The prediction as sampling uses it: (latents (B, ...), timestep ()) -> (B, ...), both halves in one pass of 2 B rows.
+
+    Args:
+        predict: (latents, timestep, conditions) -> prediction. conditions: by name, of B rows each. negative_conditions: as in
+            `without_prompt`.
+        guidance_scale: up to 1 there is no guidance, as in diffusers' pipelines.
+    """
+    without = without_prompt(conditions, negative_conditions)
+    both = {name: torch.cat([without[name], value]) for name, value in conditions.items()}
+
+    def guided(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if guidance_scale <= 1:
+            return predict(latents, timestep, conditions)
+        negative, positive = predict(latents.repeat(2, 1, 1, 1), timestep, both).chunk(2)
+        return negative + guidance_scale * (positive - negative)
+
+    return guided
+
+
 def rollout_late_latents(
     predict: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
     noise_scheduler: NoiseScheduler,
@@ -216,21 +241,11 @@ def rollout_late_latents(
     """`rollout_late_samples` of a text-to-image model, with classifier-free guidance: (B, 4, h, w) and (B,).
 
     Args:
-        predict: (latents, timestep, conditions) -> prediction. conditions: by name, of B rows each; "prompt_embeds" is one
-            of them, whose device and dtype the latents have. negative_conditions: as in `without_prompt`.
-        guidance_scale: up to 1 there is no guidance, as in diffusers' pipelines.
+        predict, conditions, negative_conditions, guidance_scale: as in `with_guidance`. The latents have device and dtype of
+            the condition "prompt_embeds".
     """
-
-    def guided(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        if guidance_scale <= 1:
-            return predict(latents, timestep, conditions)
-        negative, positive = predict(latents.repeat(2, 1, 1, 1), timestep, both).chunk(2)
-        return negative + guidance_scale * (positive - negative)
-
-    without = without_prompt(conditions, negative_conditions)
-    both = {name: torch.cat([without[name], value]) for name, value in conditions.items()}
     return rollout_late_samples(
-        guided,
+        with_guidance(predict, conditions, negative_conditions, guidance_scale),
         noise_scheduler,
         latents_shape,
         tmax=tmax,
@@ -239,35 +254,6 @@ def rollout_late_latents(
         device=conditions["prompt_embeds"].device,
         dtype=conditions["prompt_embeds"].dtype,
     )
-
-
-def resolve_late_window(
-    noise_scheduler: NoiseScheduler, num_inference_steps: int, tmax: int | None = None, last_steps: int | None = None
-) -> tuple[int, int]:
-    """The late window both ways: its upper end tmax, and how many of the last sampling steps have t < tmax.
-
-    One is given, the other follows from the sampling schedule; neither is the full trajectory. The tmax of N last
-    steps is the timestep of the step before them: with 1,000 sampling steps of 1,000 the last 10 have t < 10, with 50
-    sampling steps they have t < 200.
-
-    Raises:
-        ValueError: for a number outside of the schedule.
-    """
-    total = noise_scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= total:
-        found = f"1..{total}, the model's number of training timesteps, got {num_inference_steps}"
-        raise ValueError(f"--ddpm_num_inference_steps must be in {found}")
-    scheduler = type(noise_scheduler).from_config(noise_scheduler.config)  # another one: the caller's is left alone
-    scheduler.set_timesteps(num_inference_steps)
-    if last_steps is not None:
-        if not 1 <= last_steps <= num_inference_steps:
-            found = f"1..{num_inference_steps}, the number of sampling steps, got {last_steps}"
-            raise ValueError(f"--last_steps must be in {found}")
-        tmax = total if last_steps == num_inference_steps else int(scheduler.timesteps[-last_steps - 1])
-    tmax = total if tmax is None else tmax
-    if not 1 <= tmax <= total:
-        raise ValueError(f"--tmax must be in 1..{total}, the model's number of training timesteps, got {tmax}")
-    return tmax, int((scheduler.timesteps < tmax).sum())
 
 
 def lora_below(pipeline: StableDiffusionPipeline, tmax: int) -> Callable[..., dict[str, Any]]:

@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler
 from acpo_utils.anchor import without_adapter
 from acpo_utils.families import stable_diffusion
 from acpo_utils.families.latents import encode_images, latents_shape
-from acpo_utils.late_step import decode_latents, predict_original_sample, without_prompt
+from acpo_utils.late_step import decode_latents, predict_original_sample, with_guidance
 from acpo_utils.losses import acpo_objective, anchor_loss, diffusion_loss
 from acpo_utils.randomness import batch_randint, batch_randn
 
@@ -229,6 +229,12 @@ class Sampler:
         self.scheduler = DDIMScheduler.from_config(noise_scheduler.config)
         self.scheduler.set_timesteps(args.num_inference_steps, device=self.device)
         self.timesteps = self.scheduler.timesteps
+        self.guided = with_guidance(
+            partial(stable_diffusion.predict, unet),
+            self.conditions,
+            batch["negative_conditions"],
+            args.guidance_scale,
+        )
 
     def noise(self):
         return batch_randn(self.shape, self.generator, self.device, self.dtype)  # (B, 4, h, w)
@@ -238,20 +244,6 @@ class Sampler:
 
     def unguided(self, latents, timestep):
         return stable_diffusion.predict(self.unet, latents, timestep, self.conditions)
-
-    def guided(self, latents, timestep):
-        """(B, 4, h, w): both halves in one pass of twice the rows. A --guidance_scale up to 1 is none."""
-        scale = self.args.guidance_scale
-        if scale <= 1:
-            return self.unguided(latents, timestep)
-        without = without_prompt(self.conditions, self.batch["negative_conditions"])
-        both = {}
-        for name, value in self.conditions.items():
-            both[name] = torch.cat([without[name], value])
-        twice = latents.repeat(2, 1, 1, 1)
-        pred = stable_diffusion.predict(self.unet, twice, timestep, both)
-        negative, positive = pred.chunk(2)
-        return negative + scale * (positive - negative)
 
     def estimate(self, predict, latents, step):
         """x0 (B, 4, h, w) as the prediction at a step of the schedule has it, and the prediction."""

@@ -347,7 +347,7 @@ def load_models(args):
             beta_schedule=args.ddpm_beta_schedule,
             prediction_type=args.prediction_type,
         )
-    args.tmax, args.last_steps = late_step.resolve_late_window(
+    args.tmax, args.last_steps = ddpm.resolve_late_window(
         noise_scheduler,
         args.ddpm_num_inference_steps,
         tmax=args.tmax,

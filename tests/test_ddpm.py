@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from acpo_utils.ddpm import build_pipeline, load_ddpm, new_unet, save_ddpm, usage_example
+from acpo_utils.ddpm import build_pipeline, load_ddpm, new_unet, resolve_late_window, save_ddpm, usage_example
 from acpo_utils.evaluation.denoising_error import unet_denoising_error
 from acpo_utils.training.ema import ema_weights, register_ema_hooks
 from tests import REPOSITORY
@@ -192,3 +192,36 @@ def test_denoising_error(prediction_type):
             pred = unet(scheduler.add_noise(x0, noise, t), t).sample.double()
         expected.append((pred - diffusion_target(scheduler, x0, noise, t).double()).square().mean())
     assert errors[3].item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1000, 50, 7, 1])
+def test_the_late_window_of_the_last_steps_is_the_schedulers_own(scheduler_class, spacing, steps):
+    """For every N: exactly N sampling steps are below tmax, and asking back by tmax gives N."""
+    noise_scheduler = scheduler_class(timestep_spacing=spacing)
+    sampler = scheduler_class(timestep_spacing=spacing)
+    sampler.set_timesteps(steps)
+    for last_steps in {1, min(2, steps), min(10, steps), steps}:
+        tmax, found = resolve_late_window(noise_scheduler, steps, last_steps=last_steps)
+        below = sampler.timesteps[sampler.timesteps < tmax]
+        assert found == last_steps == len(below) and torch.equal(below, sampler.timesteps[-last_steps:])
+        assert resolve_late_window(noise_scheduler, steps, tmax=tmax) == (tmax, last_steps)
+    assert noise_scheduler.num_inference_steps is None, "the caller's scheduler is left alone"
+
+
+def test_the_late_window_by_numbers():
+    scheduler = DDPMScheduler()
+    assert resolve_late_window(scheduler, 1000, last_steps=10) == (10, 10), "the paper's last 10 of 1,000 steps"
+    assert resolve_late_window(scheduler, 1000, last_steps=1) == (1, 1)
+    assert resolve_late_window(scheduler, 50, last_steps=10) == (200, 10)
+    assert resolve_late_window(scheduler, 50, tmax=100) == (100, 5)
+    assert resolve_late_window(scheduler, 50) == (1000, 50) == resolve_late_window(scheduler, 50, last_steps=50)
+    for arguments, message in (
+        ({"last_steps": 51}, "--last_steps must be in 1..50"),
+        ({"last_steps": 0}, "--last_steps must be in 1..50"),
+        ({"tmax": 1001}, "--tmax must be in 1..1000"),
+        ({"num_inference_steps": 1001}, "--ddpm_num_inference_steps must be in 1..1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve_late_window(scheduler, **({"num_inference_steps": 50} | arguments))

@@ -14,7 +14,6 @@ from acpo_utils.late_step import (
     decode_latents,
     denoise_late_steps,
     predict_original_sample,
-    resolve_late_window,
     rollout_late_latents,
     rollout_late_samples,
     sample_late_timesteps,
@@ -246,39 +245,6 @@ def test_rollout_without_guidance_is_the_ddim_pipelines_own_sampling():
     )
     assert timesteps.tolist() == [0, 0] and not samples.requires_grad
     assert torch.allclose(samples, seen[-1], atol=1e-6)
-
-
-@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [1000, 50, 7, 1])
-def test_the_late_window_of_the_last_steps_is_the_schedulers_own(scheduler_class, spacing, steps):
-    """For every N: exactly N sampling steps are below tmax, and asking back by tmax gives N."""
-    noise_scheduler = scheduler_class(timestep_spacing=spacing)
-    sampler = scheduler_class(timestep_spacing=spacing)
-    sampler.set_timesteps(steps)
-    for last_steps in {1, min(2, steps), min(10, steps), steps}:
-        tmax, found = resolve_late_window(noise_scheduler, steps, last_steps=last_steps)
-        below = sampler.timesteps[sampler.timesteps < tmax]
-        assert found == last_steps == len(below) and torch.equal(below, sampler.timesteps[-last_steps:])
-        assert resolve_late_window(noise_scheduler, steps, tmax=tmax) == (tmax, last_steps)
-    assert noise_scheduler.num_inference_steps is None, "the caller's scheduler is left alone"
-
-
-def test_the_late_window_by_numbers():
-    scheduler = DDPMScheduler()
-    assert resolve_late_window(scheduler, 1000, last_steps=10) == (10, 10), "the paper's last 10 of 1,000 steps"
-    assert resolve_late_window(scheduler, 1000, last_steps=1) == (1, 1)
-    assert resolve_late_window(scheduler, 50, last_steps=10) == (200, 10)
-    assert resolve_late_window(scheduler, 50, tmax=100) == (100, 5)
-    assert resolve_late_window(scheduler, 50) == (1000, 50) == resolve_late_window(scheduler, 50, last_steps=50)
-    for arguments, message in (
-        ({"last_steps": 51}, "--last_steps must be in 1..50"),
-        ({"last_steps": 0}, "--last_steps must be in 1..50"),
-        ({"tmax": 1001}, "--tmax must be in 1..1000"),
-        ({"num_inference_steps": 1001}, "--ddpm_num_inference_steps must be in 1..1000"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            resolve_late_window(scheduler, **({"num_inference_steps": 50} | arguments))
 
 
 def test_windows_lie_anywhere_inside_and_are_the_same_for_a_batch():
