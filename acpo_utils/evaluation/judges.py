@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 from acpo_utils.evaluation.diversity import ShiftTolerantLPIPS
-from acpo_utils.evaluation.image_batches import image_batches
+from acpo_utils.evaluation.panel import ST_LPIPS
 from acpo_utils.evaluation.real_images import read_prompt_images
+from acpo_utils.evaluation.real_pairs import pair_values, pairs_by_caption
 from acpo_utils.evaluators import Evaluator, load_evaluator, named_specs
 from acpo_utils.evaluators.judge import Judge, load_judge
-
-
-REAL_IMAGES = {"st-lpips:vgg": "vgg", "st-lpips:alex": "alex"}  # as `acpo_utils.evaluation.panel` has them
 
 
 class RealImageJudge(nn.Module):
@@ -45,18 +43,16 @@ class RealImageJudge(nn.Module):
                 f"found {len(found)} images of {len(self.prompts)} prompts in {prompt_file}."
             )
         self.network = ShiftTolerantLPIPS(network)
-        self.real: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # by (width, height) and prompt
+        self.real: dict[tuple[int, int], torch.Tensor] = {}  # by (width, height): (N, 3, height, width), row after row
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores (B,), higher is better and 1 for the real images, of (B, 3, H, W) in [0, 1] for B of the prompts."""
         size = (images.shape[-1], images.shape[-2])
         if size not in self.real:
             read = read_prompt_images(self.prompt_file, len(self.prompts), size)
-            self.real[size] = {self.prompts[row]: read[row] for row in sorted(read, reverse=True)}
-        real = torch.stack([self.real[size][prompt] for prompt in prompts])  # (B, 3, H, W)
-        # The network's first stage has 64 channels of the images' own size: large images go one by one.
-        distances = [self.network(batch, real[rows]) for rows, batch in image_batches(images)]
-        return 1 - torch.cat(distances)
+            self.real[size] = torch.stack(list(read.values()))
+        pairs = pairs_by_caption(prompts, self.prompts)
+        return 1 - torch.tensor(pair_values(self.network, images, self.real[size], pairs))
 
 
 def load_judges(
@@ -68,7 +64,7 @@ def load_judges(
     """What guides nothing, by the name of its row in a table: "judge", or "judge NAME" of several.
 
     Args:
-        specs: each `judge:PATH` or PATH, a folder as `load_judge` reads it, one of `REAL_IMAGES`, or one of `load_evaluator`'s.
+        specs: each `judge:PATH` or PATH, a folder as `load_judge` reads it, one of the panel's `ST_LPIPS`, or one of `load_evaluator`'s.
         prompts, prompt_file: as in `RealImageJudge`, which no other judge needs.
     Raises ValueError and ImportError as `RealImageJudge`, `load_judge` and `load_evaluator` do.
     """
@@ -76,8 +72,8 @@ def load_judges(
     judges: list[Evaluator | Judge | RealImageJudge] = []
     for spec in specs:
         folder = spec.removeprefix("judge:")
-        if spec in REAL_IMAGES:
-            judges.append(RealImageJudge(REAL_IMAGES[spec], prompts, prompt_file).to(device))
+        if spec in ST_LPIPS:
+            judges.append(RealImageJudge(ST_LPIPS[spec], prompts, prompt_file).to(device))
         elif folder != spec or Path(folder, "judge.json").is_file():
             judges.append(load_judge(folder).to(device))
         else:
