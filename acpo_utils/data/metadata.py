@@ -21,11 +21,13 @@ def read_metadata(
     """(row, values) of a metadata file. Rows count from 1, a csv's header counted.
 
     A `Path` among the values is a picture's, absolute: "image" of the row's file_name and, where `image_column` is
-    "mask", "mask" of its mask_file_name; "reference" of its reference_file_name. All else is as the file has it. Cells of a csv are text in `caption_column`,
-    whatever the words; in another column they are numbers if all of them are, or "NA" and its like, which are None.
+    "mask", "mask" of its mask_file_name; "reference" of its reference_file_name. All else is as the file has it. Cells of a
+    csv are text in `caption_column`, whatever the words; in another column they are numbers if all of them are, or "NA" and
+    its like, which are None.
 
     Raises ValueError naming the file, and the row, for a damaged or empty file, one without file_name, a row that is no
-    object, a column's name that is no text, and a file_name that is not the path of something below the file's folder.
+    object, a column's name or a value that is no text for half a surrogate pair, and a file_name that is not the path of
+    something below the file's folder.
     """
     kind = file.suffix.lower()
     if kind == ".csv":
@@ -45,6 +47,8 @@ def read_metadata(
         for key, value in row.items():
             if not is_utf8(key):
                 raise ValueError(f"{file}, row {number}: expected text for the name of a column, found {key!r}.")
+            if isinstance(value, str) and not is_utf8(value):
+                raise ValueError(f"{file}, row {number}: expected text for {key}, found {value!r}.")
             if key not in targets:
                 record.setdefault(key, value)
             elif key == "file_name" or not isinstance(record.get(targets[key]), Path):  # of two, file_name counts

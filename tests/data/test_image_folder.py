@@ -380,6 +380,7 @@ def test_backslashes_of_windows_are_slashes(tmp_path):
         ("jsonl", '{"file_name": "0.png", "text": "caf\xe9"}\n'.encode("cp1252"), "metadata.jsonl: expected UTF-8 text, found byte 0xe9"),
         ("jsonl", '{"file_name": "0.png", "text": "a"}\n{"file_name": \n', "metadata.jsonl, row 2: expected a JSON object"),
         ("jsonl", '["0.png"]\n', "metadata.jsonl, row 1: expected an object with file_name"),
+        ("jsonl", '{"file_name": "0.png", "text": "a\\ud800"}\n', "metadata.jsonl, row 1: expected text for text, found 'a"),
         ("jsonl", '{"file": "0.png", "text": "a"}\n', "found file, text"),
         ("jsonl", "", "found no rows"),
         ("jsonl", '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": 3}\n', "one kind in column text"),
