@@ -60,7 +60,9 @@ def test_the_script(tmp_path, monkeypatch):
             pictures = [script.pil_to_tensor(row[name])[None] / 255 for name in ("image", "reference")]
             distance = script.distances(lpips, *pictures).item()
             assert (distance < 1e-6) == (row["distortion"] == "none")
-            assert (row["mos"] == pytest.approx(script.quality(0, 1, 3.825), abs=0.02)) == (row["distortion"] == "none")
+            assert (row["mos"] == pytest.approx(script.quality(0, 1, 3.825), abs=0.02)) == (
+                row["distortion"] == "none"
+            )
 
     # Among the rows of another folder, told apart by their source.
     (tmp_path / "labels").mkdir()
