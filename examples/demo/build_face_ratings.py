@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from build_generated_labels import distances, quality, real_drawings
-from build_labels import UNCHANGED, damage, png, ratings
+from build_labels import damage, png, ratings, unchanged_rating
 from datasets import Dataset, Features, Image, Value, load_dataset
 from diffusers import DDIMPipeline
 from torchvision.transforms.v2.functional import to_pil_image
@@ -77,12 +77,17 @@ def redraw(pipeline: DDIMPipeline, faces: torch.Tensor, starts: list[int], gener
 
 
 def rated(
-    rows: Dataset, pipeline: DDIMPipeline, lpips: ShiftTolerantLPIPS, far: float, seed: int, reference: bool
+    rows: Dataset,
+    scores: dict[tuple[str, int], float],
+    pipeline: DDIMPipeline,
+    lpips: ShiftTolerantLPIPS,
+    far: float,
+    seed: int,
+    reference: bool,
 ) -> list[dict]:
     """Each face of `rows` in one of the five ways, with its label. `far`: the distance at which the label is 0."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    scores = ratings()
-    best = float(np.mean([scores[condition] for condition in UNCHANGED]))
+    best = unchanged_rating(scores)
     kinds = rng.choices(list(KINDS), weights=list(KINDS.values()), k=len(rows))
     starts = [rng.randrange(SAMPLING_STEPS) for _ in kinds]
     shares = torch.tensor([{"redrawn": 1.0, "mixture": rng.uniform(0.2, 0.8)}.get(kind, 0.0) for kind in kinds])
@@ -122,7 +127,7 @@ def rated(
 
 
 def main(args: argparse.Namespace) -> None:
-    ratings()  # an error of its own, before anything is sampled
+    scores = ratings()
     pipeline = DDIMPipeline.from_pretrained(args.pipeline)
     lpips = ShiftTolerantLPIPS("alex")
     faces = {
@@ -142,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"distance between two faces: {far:.3f}; a picture so far from its own has the label 0")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for number, (split, rows) in enumerate(splits.items()):
-        made = rated(rows, pipeline, lpips, far, args.seed + 1000 * number, reference=split != "train")
+        made = rated(rows, scores, pipeline, lpips, far, args.seed + 1000 * number, reference=split != "train")
         file = args.output_dir / f"{split}.parquet"
         with atomic_write(file) as temporary:
             Dataset.from_list(made, features=FEATURES).to_parquet(temporary)

@@ -28,13 +28,13 @@ from build_labels import (
     DATA,
     FEATURES,
     MISMATCHES,
-    UNCHANGED,
     draw_mismatches,
     draw_template,
     falsify,
     label,
     png,
     ratings,
+    unchanged_rating,
 )
 from captions import ATTRIBUTES, FULL_TEMPLATES, caption
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
@@ -161,8 +161,7 @@ def with_labels(rows: Dataset, folder: Path | None, split: str, seed: int) -> Da
 def main(args: argparse.Namespace) -> None:
     if args.labels:
         check_labels(args.labels)
-    scores = ratings()
-    best = float(np.mean([scores[condition] for condition in UNCHANGED]))
+    best = unchanged_rating(ratings())
     rng = random.Random(args.seed)
     seen = load_dataset("parquet", data_files=str(DATA / "train.parquet"), split="train")
     values = {attribute: sorted(set(seen[attribute])) for attribute in ATTRIBUTES}

@@ -72,6 +72,11 @@ def ratings() -> dict[tuple[str, int], float]:
     return {condition: 1 + score / 25 for condition, score in mean_opinion_scores().items()}
 
 
+def unchanged_rating(scores: dict[tuple[str, int], float]) -> float:
+    """What people gave to pictures that KADID-10k's generator had left as they were, on the scale of `scores`."""
+    return float(np.mean([scores[condition] for condition in UNCHANGED]))
+
+
 def label(quality: float, mismatch: str) -> float:
     for attribute in MISMATCHES[mismatch]:
         quality *= MATCH_FACTORS[attribute]
@@ -97,7 +102,7 @@ def damage(
     image: PILImage.Image, scores: dict, undistorted: float, rng: random.Random
 ) -> tuple[PILImage.Image, str, int, float]:
     """The image as it is, or with one random distortion; with the distortion, its level and the quality part."""
-    unchanged = float(np.mean([scores[condition] for condition in UNCHANGED]))
+    unchanged = unchanged_rating(scores)
     if rng.random() < undistorted:
         return image, "none", 0, unchanged
     kind, level = rng.choice(DISTORTIONS), rng.randint(1, 5)
